@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import Results, machine, origin
+from benchmarks.train.options import UserError
 
 # Quartiles of fewer rounds say little about the next round.
 ENOUGH = 5
 TOO_FEW = "beyond the noise, but of too few rounds"
 
-# If one of these is a part of a figure's name, a larger value is slower (`SLOWER`) or faster
-# (`FASTER`).
+# A larger value is slower, or faster, if one of these is a part of a figure's name.
 SLOWER = {"ms", "s", "ratio", "ratio_to_none", "tables_ms"}
 FASTER = {"fraction", "bandwidth"}
-# Keys that say how a suite was measured, and so are not compared. (Each of the `sittings` starts
-# all processes anew.)
+# Keys that say how a suite was measured, and so are not compared.
 ABOUT = {"suite", "quick", "environment", "rounds", "sittings", "grid_rounds"}
 
 
@@ -49,19 +48,17 @@ def loaded(path: Path) -> Results:
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a suite's results: {error}") from None
+        raise UserError(f"{path}: not a suite's results: {error}") from None
     if not isinstance(results, dict) or "suite" not in results:
-        raise ValueError(f"{path}: not a suite's results: it does not say of which suite")
+        raise UserError(f"{path}: not a suite's results: it does not say of which suite")
     return results
 
 
 def _identity(row: dict[str, Any]) -> str:
-    """What distinguishes a row of a list from the others: its texts."""
-    # Without `theirs` (in the suite `differences`, how to get the numbers of others with adamjax),
-    # and without texts that are part of an earlier one.
+    """What distinguishes a row of a list from the others: its texts, each only once."""
     texts: list[str] = []
-    for key, x in row.items():
-        if isinstance(x, str) and key != "theirs" and not any(x in y for y in texts):
+    for x in row.values():
+        if isinstance(x, str) and not any(x in y for y in texts):
             texts.append(x)
     return ", ".join(texts)
 
@@ -88,13 +85,12 @@ def _walk(node: Any, name: tuple[str, ...], rounds: int) -> Iterator[Figure]:
 
 
 def figures(results: Results) -> dict[tuple[str, ...], Figure]:
-    """The figures of a suite's results, by name; of a list of numbers, only the last."""
+    """The figures of results, by name; of a list of numbers, only the last."""
     rounds = results.get("rounds", 0) * results.get("sittings", 1)
     return {figure.name: figure for figure in _walk(results, (), rounds)}
 
 
 def verdict(a: Figure, b: Figure) -> str:
-    """What became of a figure, from a to b."""
     if a.quartiles is None or b.quartiles is None:
         return "same" if a.value == b.value else "changed"
     if max(a.quartiles[0], b.quartiles[0]) <= min(a.quartiles[1], b.quartiles[1]):
@@ -109,26 +105,19 @@ def verdict(a: Figure, b: Figure) -> str:
     return "more" if more else "less"
 
 
-def _factor(a: Any, b: Any) -> float:
-    """b divided by a; 1 where that means nothing."""
-    if isinstance(a, bool | str) or isinstance(b, bool | str) or not (a and b and b / a > 0):
-        return 1.0
-    return b / a
-
-
 def compared(old: Results, new: Results, everything: bool = False) -> str:
     """What changed from old results of a suite to new ones, or everything, as text.
 
     Raises:
-      ValueError: they are of different suites, or one is of a quick run and the other is not.
+      UserError: they are of different suites, or one is of a quick run and the other is not.
     """
     if old["suite"] != new["suite"]:
-        raise ValueError(
+        raise UserError(
             f"these are results of different suites, {old['suite']!r} and {new['suite']!r}: "
             "compare two of one suite"
         )
     if old.get("quick", False) != new.get("quick", False):
-        raise ValueError(
+        raise UserError(
             "one of these is a quick run, which works on tiny sizes: its times say nothing about "
             "the other's"
         )
@@ -138,11 +127,15 @@ def compared(old: Results, new: Results, everything: bool = False) -> str:
     if old.get("quick"):
         lines.append("Quick runs: tiny sizes, whose times mean little.")
     before, after = figures(old), figures(new)
-    common = [name for name in before if name in after]
-    verdicts = {name: verdict(before[name], after[name]) for name in common}
-    factors = {name: _factor(before[name].value, after[name].value) for name in common}
+    verdicts, factors = {}, {}
+    for name in [name for name in before if name in after]:
+        verdicts[name] = verdict(before[name], after[name])
+        a, b = before[name].value, after[name].value
+        is_number = not (isinstance(a, bool | str) or isinstance(b, bool | str))
+        # Of a text, of 0 and of a number with another sign there is no factor.
+        factors[name] = b / a if is_number and a and b / a > 0 else 1.0
     unchanged = () if everything else ("same", "within the noise")
-    changed = [name for name in common if verdicts[name] not in unchanged]
+    changed = [name for name, found in verdicts.items() if found not in unchanged]
     # What was measured in enough rounds first, and of that the largest change.
     changed.sort(key=lambda name: (verdicts[name] == TOO_FEW, -abs(math.log(factors[name]))))
     for name in changed:
@@ -155,7 +148,7 @@ def compared(old: Results, new: Results, everything: bool = False) -> str:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             lines.append(f"  only in {label}: {first}{more}")
     counts = ", ".join(f"{n} {what}" for what, n in Counter(verdicts.values()).most_common())
-    lines.append(f"{len(common)} figures: {counts or 'none in common'}.")
+    lines.append(f"{len(verdicts)} figures: {counts or 'none in common'}.")
     if any(SLOWER & set(name) for name in changed):
         lines.append(
             "A ratio is taken within a round, so it is right even if the machine as a whole was "

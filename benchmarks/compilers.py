@@ -16,10 +16,10 @@ from benchmarks.measure import installed
 from benchmarks.programs import Case, block_turns, program
 from benchmarks.steps import count_bytes
 from benchmarks.suite import Suite
-from benchmarks.workers import Ended, Worker, serve
+from benchmarks.workers import Ended, Worker
 
-# Cases that belong together: "dense" or "rows", the part of the results that they are in; the
-# entries that they share there; and each case by its name.
+# Cases that make one row of the results: the part of the results that the row is in ("dense" or
+# "rows"), the entries that say what the row is about, and each case by its name.
 Group = tuple[str, dict[str, Any], dict[str, Case]]
 
 
@@ -32,7 +32,7 @@ class Compiler:
     module: str  # that the compiler is in
     packages: tuple[str, ...]  # whose versions the results state
     topology: Callable[[str], Any]  # the devices of a target, as JAX describes them
-    environment: Callable[[str], dict[str, str]]  # what a target needs besides the common variables
+    environment: Callable[[str], dict[str, str]]  # environment variables of a target
     targets: tuple[str, ...]  # the chips that it compiles for
     dense: tuple[str, ...]  # the figures of a dense step; see `figures`
     rows: Mapping[str, str]  # those of a step on tables, by their names in the results
@@ -40,9 +40,8 @@ class Compiler:
     results: Mapping[str, str]  # more entries of the results
 
     def start(self, target: str) -> Worker:
-        """Starts a process with the compiler, but without its device."""
         variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **self.environment(target)}
-        return Worker(self.suite, target, **variables)
+        return Worker(self.suite, **variables)
 
 
 def figures(case: Case, compiled: Any, arguments: Any) -> dict[str, Callable[[], Any]]:
@@ -76,36 +75,41 @@ def figures(case: Case, compiled: Any, arguments: Any) -> dict[str, Callable[[],
     }
 
 
-def report(compiler: Compiler, case: Case, device: Any) -> dict[str, Any]:
-    """A compiler's report on a case; for a dense step, bytes are per parameter."""
-    function, arguments = program(case, device)
-    functions = figures(case, function.lower(*arguments).compile(), arguments)
-    if case[0] == "dense":
-        num_parameters = sum(x.size for x in arguments[0])
-        totals = {name: functions[name]() for name in compiler.dense}
-        return {name: x / num_parameters if "bytes" in name else x for name, x in totals.items()}
-    names = dict(compiler.rows)
-    if case[0] == "tables":
-        # An instruction that joins rows of several tables does not say how much it takes from each.
-        del names["bytes"]
-    if case[1] == "init":
-        names["orders"] = "orders"
-    return {name: functions[figure]() for name, figure in names.items()}
+class Contender:
+    """A compiler with one of its targets; lives in a worker process."""
+
+    def __init__(self, compiler: Compiler, target: str) -> None:
+        self.compiler = compiler
+        self.device = jax.sharding.SingleDeviceSharding(compiler.topology(target).devices[0])
+
+    def report(self, case: Case) -> dict[str, Any]:
+        """The report on a case; for a dense step, bytes are per parameter."""
+        function, arguments = program(case, self.device)
+        functions = figures(case, function.lower(*arguments).compile(), arguments)
+        if case[0] == "dense":
+            num_parameters = sum(x.size for x in arguments[0])
+            totals = {name: functions[name]() for name in self.compiler.dense}
+            return {n: x / num_parameters if "bytes" in n else x for n, x in totals.items()}
+        names = dict(self.compiler.rows)
+        if case[0] == "tables":
+            # An instruction that joins rows of several tables does not say how much it takes from
+            # each.
+            del names["bytes"]
+        if case[1] == "init":
+            names["orders"] = "orders"
+        return {name: functions[figure]() for name, figure in names.items()}
 
 
 def reports(
     compiler: Compiler, target: str, cases: Sequence[Case], processes: int
 ) -> list[dict[str, Any]]:
-    """A compiler's reports on cases, in their order, from several processes.
-
-    A report is `{"failed": why}` where the process ended; a new one takes its place.
-    """
+    """Reports on cases, in their order; `{"failed": why}` where the compiler ended its process."""
     idle = [compiler.start(target) for _ in range(processes)]
 
     def ask(case: Case) -> dict[str, Any]:
         worker = idle.pop()
         try:
-            answer = worker.ask(case)
+            answer = worker.ask((target, target, "report", case))
         except Ended as error:
             answer = {"failed": str(error)}
             worker.close()
@@ -122,17 +126,12 @@ def reports(
 
 
 def main(compiler: Compiler, argv: list[str]) -> int:
-    """Runs the suite of a compiler; see `--help`."""
     name = compiler.suite
     suite = Suite(name, compiler.about, compiler.packages, folder=f"{name}-compiler")
     all_targets = list(compiler.targets)
     if len(all_targets) > 1:
         suite.parser.add_argument("--chips", nargs="+", default=all_targets, choices=all_targets)
     args = suite.parse(argv)
-    if args.worker:
-        topology = compiler.topology(args.worker)
-        device = jax.sharding.SingleDeviceSharding(topology.devices[0])
-        return serve(lambda case: report(compiler, case, device))
     if not installed(compiler.module):
         suite.parser.error(f"{compiler.module}, the compiler, is not installed: make bench-{name}")
     # Nothing here runs on a device.

@@ -1,5 +1,6 @@
 """The contenders of the rows suite. Each takes Adam's steps on some rows of a table."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,12 @@ from benchmarks.steps import RATE, Runner, Step
 # 1,400 distinct rows, and 1,024 indices about 290.
 EXPONENT = 1.28
 
-# Steps repeat this many arrays of indices and of values. There are fewer arrays of values, but at
-# least two, if they would take more than `MOST_BYTES`.
+# Steps repeat this many arrays of indices and of values. If the values would take more than
+# `MOST_BYTES`, there are fewer of them, but at least two.
 INDEX_ARRAYS, VALUE_ARRAYS = 32, 8
 MOST_BYTES = 2**28
 
-# Steps before the timed ones: few for a dense step, until its memory is allocated; many for the
-# others, until rows lag behind.
+# Steps before the timed ones: a few until the memory is allocated, or many until rows lag behind.
 FEW_STEPS, MANY_STEPS = 3, 24
 
 # For each contender: the package that it needs, and the number of steps before the timed ones.
@@ -42,9 +42,6 @@ ALL_CONTENDERS = {**CONTENDERS, **WHOLE_STEPS}
 OURS = tuple(name for name, (package, _) in ALL_CONTENDERS.items() if package == "adamjax")
 # The contenders that work on the rows that were read; the others pass over the whole table.
 BY_ROWS = (*(name for name in OURS if name != "dense"), "torch sparse")
-
-
-# --- cases ----------------------------------------------------------------------------------------
 
 
 def short(number: int) -> str:
@@ -74,19 +71,17 @@ class Case:
 def least_bytes(name: str, case: Case, distinct: float) -> float:
     """The least bytes that a contender's step can read and write.
 
-    Every number has 4 bytes, and a step moves each once. The parameter and both moments of a row
-    are read and written: 24 bytes for each element of the batch's distinct rows, or of the whole
-    table if the contender passes over all of it. The gradient's values and the indices are read.
-    Not counted are a dense gradient, which the result does not need; what `exact_rows` records for
-    each row, 8 bytes; and the padding of rows on a TPU. `distinct` is how many rows a batch
-    touches, on average.
+    The parameter and both moments are read and written: 24 bytes for each element of the batch's
+    `distinct` rows (their mean number), or of the whole table if the contender passes over all of
+    it. The gradient's values and the indices are read, 4 bytes each. Not counted are a dense
+    gradient, which the result does not need; what `exact_rows` records for each row, 8 bytes; and
+    the padding of rows on a TPU.
     """
     touched = distinct if name in BY_ROWS else case.rows
     return 24 * touched * case.width + 4 * case.reads * (case.width + 1)
 
 
 def num_value_arrays(case: Case) -> int:
-    """How many arrays of values the batches share: 8, or fewer if they are large."""
     return min(VALUE_ARRAYS, max(2, MOST_BYTES // (4 * case.reads * case.width)))
 
 
@@ -103,7 +98,7 @@ def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
     if case.indices == "uniform":
         indices = rng.integers(case.rows, size=indices_shape)
     else:
-        # The sums are not cached: a suite measures the resident memory of this process as a step's.
+        # The sums are not cached, as they would count as memory of the contender's step.
         indices = draw_ids(rng, zipf_sums(case.rows, EXPONENT), indices_shape)
     values_shape = (num_value_arrays(case), case.reads, case.width)
     values = 0.01 * rng.standard_normal(values_shape, np.float32)
@@ -111,15 +106,11 @@ def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def start_rows(width: int) -> np.ndarray:
-    """1,000 rows. Before the first step, every table has these again and again."""
+    """The 1,000 rows that every table repeats before the first step."""
     return 0.01 * np.random.default_rng(0).standard_normal((1000, width), np.float32)
 
 
-# --- contenders -----------------------------------------------------------------------------------
-
-
 def optimizer(name: str) -> Any:
-    """The optimizer of a contender of adamjax."""
     return steps.table_mode(name.removesuffix(" step"))[0]
 
 
@@ -161,7 +152,6 @@ class TorchTable:
         import torch
 
         self.sparse = name == "torch sparse"
-        self.steps_taken = 0
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.on_cpu = self.device == "cpu"
         table = np.resize(start_rows(case.width), (case.rows, case.width))
@@ -172,30 +162,25 @@ class TorchTable:
             self.optimizer = torch.optim.Adam([self.table], RATE, fused=True)
 
     def load(self, indices: np.ndarray, values: np.ndarray) -> None:
-        """Takes the batches."""
         import torch
 
         ids = [torch.from_numpy(x.astype(np.int64)).to(self.device) for x in indices]
         rows = [torch.from_numpy(x).to(self.device) for x in values]
-        self.batches = [(x, rows[i % len(rows)]) for i, x in enumerate(ids)]
-
-    def _gradient(self, indices: Any, values: Any) -> Any:
-        import torch
-
-        if self.sparse:
-            shape = self.table.shape
-            return torch.sparse_coo_tensor(indices[None], values, shape, check_invariants=False)
-        return torch.zeros_like(self.table).index_add_(0, indices, values)
+        self.batches = itertools.cycle([(x, rows[i % len(rows)]) for i, x in enumerate(ids)])
 
     def run(self, count: int) -> None:
-        """Takes some steps in place, and waits for them."""
         import torch
 
-        for _ in range(count):
-            # No variable has the gradient, so that its memory is free before the next one is made.
-            self.table.grad = self._gradient(*self.batches[self.steps_taken % len(self.batches)])
+        shape = self.table.shape
+        for indices, values in itertools.islice(self.batches, count):
+            # Only `.grad` refers to the gradient: its memory is free before the next one is made.
+            if self.sparse:
+                self.table.grad = torch.sparse_coo_tensor(
+                    indices[None], values, shape, check_invariants=False
+                )
+            else:
+                self.table.grad = torch.zeros_like(self.table).index_add_(0, indices, values)
             self.optimizer.step()
             self.table.grad = None
-            self.steps_taken += 1
         if self.device == "cuda":
             torch.cuda.synchronize()

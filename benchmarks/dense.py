@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.steps import MAX_NORM, RATE, Runner, chain_step
 from benchmarks.suite import Suite, progress, say, say_times
-from benchmarks.workers import WorkerPool, contender_answers, serve
+from benchmarks.workers import WorkerPool
 
 CHAINS = ("adam", "clip + adam")
 # For workloads of many small leaves. adamjax can store these leaves end to end (`grouped`); the
@@ -31,22 +31,16 @@ IN_JAX = ("adamjax", "optax", "keras")
 
 # A sample takes as many steps as fit into SAMPLE_SECONDS, at most MOST_STEPS.
 SAMPLE_SECONDS, MOST_STEPS = 0.05, 100
-# The bytes of device memory that all contenders need per parameter: four contenders, six float32
-# arrays each.
+# Of device memory, for all contenders together: four contenders, six float32 arrays each.
 BYTES_PER_PARAMETER = 4 * 6 * 4
 
 Shapes = list[tuple[int, ...]]
 
 
 class Workload(NamedTuple):
-    """Arrays to take steps on."""
-
     shapes: Shapes  # of the parameters' leaves
     dtype: str  # of parameters and gradients
     least_steps: int  # of a sample
-
-
-# --- workloads ------------------------------------------------------------------------------------
 
 
 def transformer(width: int = 256, layers: int = 12) -> Shapes:
@@ -65,16 +59,11 @@ def small_leaves(count: int = 2000) -> Shapes:
 
 
 def size(shapes: Shapes) -> int:
-    """How many numbers arrays of these shapes have."""
     return sum(math.prod(shape) for shape in shapes)
 
 
 def workloads(large: bool) -> dict[str, Workload]:
-    """What is measured, by name.
-
-    Large sizes are for an accelerator: the one leaf has 1 GiB, and the transformer has twice the
-    width and depth.
-    """
+    """What is measured, by name; large sizes are for an accelerator (the one leaf has 1 GiB)."""
     leaf = [(2**28 if large else 2**25,)]
     model = transformer(512, 25) if large else transformer()
     model_name = f"transformer, {len(model)} leaves, {size(model) / 1e6:.1f}M"
@@ -101,38 +90,25 @@ def chains(workload: str) -> tuple[str, ...]:
 
 
 def least_bytes(shapes: Shapes, dtype: str, chain: str) -> int:
-    """Bytes that any step of Adam must read and write, whatever its code.
+    """The least bytes that a step of Adam can read and write.
 
     For every element, the gradient is read once, and the parameter and both moments are read and
-    written once. That is 28 bytes in float32; 22 in bfloat16 with moments in float32. A clip by the
-    global norm reads the gradient once more, as the norm must be known before the first element is
-    clipped: 32 and 24. The step count is left out.
+    written once: 28 bytes in float32, 22 in bfloat16 with moments in float32. A clip by the global
+    norm reads the gradient once more: 32 and 24. The step count is left out.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    # Two moments, read and written, in float32 or wider.
-    moments = 2 * 2 * max(itemsize, 4)
+    moments = 2 * 2 * max(itemsize, 4)  # two, read and written, in float32 or wider
     reads_of_gradient = 2 if "clip" in chain else 1
     return (2 * itemsize + moments + reads_of_gradient * itemsize) * size(shapes)
 
 
-# --- contenders: each takes some steps in place, and waits for them -------------------------------
-
-
 def random_arrays(shapes: Shapes, dtype: str, seed: int) -> list[Any]:
-    """Arrays of normal numbers."""
     rng = np.random.default_rng(seed)
     return [jnp.asarray(rng.standard_normal(s, np.float32), dtype) for s in shapes]
 
 
-def jax_runner(package: str, chain: str, shapes: Shapes, dtype: str) -> Callable[[int], None]:
-    """Steps of adamjax, optax or Keras."""
-    runner = Runner(chain_step(package, chain), random_arrays(shapes, dtype, 0))
-    runner.load([(random_arrays(shapes, dtype, 1),)])
-    return runner
-
-
 def torch_runner(chain: str, shapes: Shapes, dtype: str) -> Callable[[int], None]:
-    """Steps of torch's fused Adam."""
+    """Takes so many steps of torch's fused Adam in place, and waits for them."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,48 +135,24 @@ class Contender:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def prepare(self, chain: str, shapes: Any, dtype: str, least_steps: int) -> None:
+    def prepare(self, chain: str, shapes: Shapes, dtype: str, least_steps: int) -> None:
         """Makes the step, and takes a first sample, which does not count."""
-        shapes = [tuple(shape) for shape in shapes]  # which came as lists, in JSON
         if self.name == "torch":
-            self.run = torch_runner(chain, shapes, dtype)
+            self.run: Callable[[int], None] = torch_runner(chain, shapes, dtype)
         else:
-            self.run = jax_runner(self.name, chain, shapes, dtype)
+            self.run = Runner(chain_step(self.name, chain), random_arrays(shapes, dtype, 0))
+            self.run.load([(random_arrays(shapes, dtype, 1),)])
         self.limits = SAMPLE_SECONDS, MOST_STEPS, least_steps
         self.sample()
 
     def sample(self) -> float:
-        """Seconds a step."""
         return measure.seconds_per_step(self.run, *self.limits)
-
-
-# --- the suite ------------------------------------------------------------------------------------
-
-
-def take_times(
-    workload: Workload, chain: str, sittings: int, rounds: int, device: measure.Device
-) -> dict[str, Any]:
-    """The times of every contender, its processes started anew for each sitting."""
-    shapes, dtype, least_steps = workload
-    names = [*measure.installed(*IN_JAX), *(["torch"] if device.torch else [])]
-    samples: list[dict[str, float]] = []
-    for _ in range(sittings):
-        with WorkerPool("dense", names, device, together=IN_JAX) as pool:
-            samples += pool.measure(names, (chain, shapes, dtype, least_steps), rounds)[1]
-    names = measure.names_in_every_round(samples, names)
-    return {
-        "least_bytes": least_bytes(shapes, dtype, chain),
-        "ms": measure.times(samples, names),
-        "ratio": measure.time_ratios(samples, "adamjax", names),
-    }
 
 
 def main(argv: list[str]) -> int:
     counts = {"rounds": 10, "sittings": 5}
     suite = Suite("dense", __doc__, PACKAGES, counts, only_chooses="workloads")
     args = suite.parse(argv)
-    if args.worker:
-        return serve(contender_answers(Contender))
     here = measure.device(args.quick)
     every = QUICK if args.quick else workloads(large=here.platform != "cpu")
     chosen = {name: every[name] for name in suite.chosen(every)}
@@ -209,12 +161,25 @@ def main(argv: list[str]) -> int:
         if here.memory is not None and here.memory < needed:
             del chosen[name]
             say(f"{name}: left out, all contenders together need {needed:,} bytes")
+    contenders = [*measure.installed(*IN_JAX), *(["torch"] if here.torch else [])]
     cases = [(workload, chain) for workload in chosen for chain in chains(workload)]
     suite.results["times"] = rows = []
     for workload, chain in progress(cases, "case"):
-        figures = take_times(chosen[workload], chain, args.sittings, args.rounds, here)
-        rows.append({"workload": workload, "chain": chain, **figures})
-        say_times(f"{workload}, {chain}", figures["ms"])
+        shapes, dtype, _ = chosen[workload]
+        samples: list[dict[str, float]] = []
+        for _ in range(args.sittings):
+            with WorkerPool("dense", contenders, here, together=IN_JAX) as pool:
+                samples += pool.measure(contenders, (chain, *chosen[workload]), args.rounds)[1]
+        names = measure.names_in_every_round(samples, contenders)
+        row = {
+            "workload": workload,
+            "chain": chain,
+            "least_bytes": least_bytes(shapes, dtype, chain),
+            "ms": measure.times(samples, names),
+            "ratio": measure.time_ratios(samples, "adamjax", names),
+        }
+        rows.append(row)
+        say_times(f"{workload}, {chain}", row["ms"])
     here.add_bandwidth(suite.results)
     for row in rows:
         row["fraction"] = {

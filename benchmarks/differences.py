@@ -21,11 +21,8 @@ from benchmarks.suite import Suite
 SYSTEMS = ("adamjax", "optax", "keras", "torch")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-# A number, or a word for why there is none.
+# Returns a number, or says why there is none.
 Run = Callable[[], float | str]
-
-
-# --- a weight that takes steps --------------------------------------------------------------------
 
 
 def walk(
@@ -64,24 +61,16 @@ def walk(
     return path
 
 
-def last_move(path: list[float]) -> float:
-    """The last move, without its sign."""
-    return abs(path[-1] - path[-2])
-
-
 def walks(
     gradients: list[float],
     *rules: str,
     rate: float = 1.0,
-    read: Callable[[list[float]], float] = last_move,
+    read: Callable[[list[float]], float] = lambda path: abs(path[-1] - path[-2]),
     start: float = 0.0,
     dtype: str = "float32",
     **of_others: Any,
 ) -> dict[str, Run]:
-    """A number of the same steps in each system, whose rules are named in the systems' order.
-
-    Options of others are those of Keras' and torch's rules.
-    """
+    """A number of the same steps in each of `SYSTEMS`; options of others are Keras' and torch's."""
 
     def run(system: str, rule: str) -> float:
         options = of_others if system in ("keras", "torch") else {}
@@ -89,9 +78,6 @@ def walks(
 
     pairs = zip(SYSTEMS, rules, strict=True)
     return {system: functools.partial(run, system, rule) for system, rule in pairs}
-
-
-# --- other differences ----------------------------------------------------------------------------
 
 
 def adamjax_average() -> float:
@@ -105,7 +91,6 @@ def adamjax_average() -> float:
 
 
 def keras_average() -> float:
-    """The same in Keras."""
     import keras
 
     weight = keras.Variable(np.float32(1.0))
@@ -118,7 +103,6 @@ def keras_average() -> float:
 
 
 def torch_average() -> float:
-    """The same in torch."""
     import torch
 
     model = torch.nn.Linear(1, 1, bias=False)
@@ -138,7 +122,6 @@ def clipped(package: str, clip_by_value: str) -> float:
 
 
 def keras_clipped() -> float | str:
-    """The same in Keras."""
     import keras
 
     try:
@@ -149,7 +132,6 @@ def keras_clipped() -> float | str:
 
 
 def torch_clipped() -> float:
-    """The same in torch."""
     import torch
 
     weight = torch.nn.Parameter(torch.zeros(2))
@@ -174,12 +156,10 @@ def torch_sparse_row() -> float:
     return abs(path[-1] - path[0])
 
 
-# --- the cases ------------------------------------------------------------------------------------
-
 ADAM = ("adam", "adam", "Adam", "Adam")
 FADING, ONCE, ALWAYS = [1.0, *[0.1] * 9], [1.0, *[0.0] * 9], [1.0] * 100
 
-# key: the steps and which number is shown, how to get the numbers of others with adamjax, the runs
+# key: the steps and the number that is shown, how adamjax computes what the others do, the runs
 CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     "eps": (
         "Adam, rate 1, a gradient of 1e-8: size of the first step",
@@ -247,7 +227,6 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
 
 
 def measured(key: str, system: str) -> float | str:
-    """The number of a case."""
     number = CASES[key][2][system]()
     return number if isinstance(number, str) else float(f"{number:.4g}")
 
@@ -256,10 +235,7 @@ def main(argv: list[str]) -> int:
     suite = Suite("differences", __doc__, ("adamjax", "jax", *SYSTEMS[1:]), folder="any")
     suite.parse(argv)
     suite.results["rows"] = [
-        {
-            "key": key,
-            "numbers": {system: measured(key, system) for system in SYSTEMS},
-        }
-        for key, (what, theirs, _) in CASES.items()
+        {"key": key, "numbers": {system: measured(key, system) for system in SYSTEMS}}
+        for key in CASES
     ]
     return suite.finish()

@@ -35,11 +35,7 @@ RATES_FROM = RESULTS / "cpu" / "quality.json"
 
 
 def rates(path: Path) -> dict[str, float]:
-    """The rate of dense by model, from results of the suite `quality`.
-
-    Raises:
-      UserError: there are none.
-    """
+    """The rate of dense by model, from results of the suite `quality`."""
     if not path.exists():
         raise UserError(f"no results of the suite quality in {path}: run it first")
     rows = json.loads(path.read_text())["models"]
@@ -47,13 +43,9 @@ def rates(path: Path) -> dict[str, float]:
 
 
 def compared(own: list[float], dense: list[float], allowed: float) -> dict[str, float]:
-    """How a metric of a contender differs from dense's, over all epochs of all seeds.
+    """The largest relative difference of a metric from dense's, and the share of epochs without.
 
-    Args:
-      allowed: the relative difference that counts as none.
-
-    Returns:
-      "largest", the largest relative difference, and "same", the share of epochs without one.
+    The values are of all epochs of all seeds; a difference counts if it is above `allowed`.
     """
     relative = [abs(x - y) / max(abs(y), 1e-300) for x, y in zip(own, dense, strict=True)]
     same = sum(x <= allowed for x in relative) / len(relative)
@@ -72,7 +64,6 @@ def one_ulp_off(start: Any, seed: int) -> Any:
 
 
 def distance(own: list[Any], dense: list[Any]) -> float:
-    """The largest difference of a weight."""
     return max(float(np.abs(x - y).max()) for x, y in zip(own, dense, strict=True))
 
 

@@ -13,9 +13,6 @@ _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([^}]*)\})?")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 
 
-# --- parts of a program ---------------------------------------------------------------------------
-
-
 def instructions(text: str) -> Iterator[tuple[str, str, str, str]]:
     """Name, type, opcode and the rest of each instruction."""
     for line in text.splitlines():
@@ -24,7 +21,6 @@ def instructions(text: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def entry(text: str) -> str:
-    """The instructions of a program's entry."""
     start = text.index("\nENTRY")
     return text[start : text.index("\n}", start)]
 
@@ -44,15 +40,11 @@ def _attribute(rest: str, names: str) -> str | None:
     return match[1] if match else None
 
 
-# --- kernels --------------------------------------------------------------------------------------
-
-
 def launches(text: str) -> tuple[int, int]:
     """The kernels that a program launches on a GPU, and how often it waits for the host.
 
-    If the compiler knows how many turns a loop takes, its kernels count in each turn. For any other
-    loop, and for a branch, the program waits until the host has seen a number: this counts as one
-    wait, and what is inside is not counted.
+    If the compiler knows how many turns a loop takes, its kernels count in each turn. At any other
+    loop, and at a branch, the program waits once for the host; what is inside is not counted.
     """
     bodies = computations(text)
 
@@ -75,9 +67,6 @@ def launches(text: str) -> tuple[int, int]:
         return kernels, waits
 
     return count(entry(text))
-
-
-# --- bytes ----------------------------------------------------------------------------------------
 
 
 def padded_arrays(hlo_type: str) -> list[tuple[int, int]]:
@@ -107,13 +96,9 @@ def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
 
     An instruction counts as reading and writing the whole of its arrays. But one that reads or
     writes rows touches only some rows of its largest array, so that array counts with the size of
-    the second largest. Of loops and branches, only loops over blocks of rows are counted. The
-    others search among indices.
-
-    Args:
-      text: the program.
-      turns: how many turns a loop over blocks of rows takes; 0 counts no loop.
-      large: a loop is one over blocks if it carries an array of at least this many bytes.
+    the second largest. A loop over blocks of rows, which is one that carries an array of at least
+    `large` bytes, counts `turns` times. Other loops and branches, which search among indices, do
+    not count.
     """
     bodies = computations(text)
     calls = {name: set(re.findall(r"calls=%?([\w.-]+)", body)) for name, body in bodies.items()}

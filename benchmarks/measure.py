@@ -28,9 +28,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 Rounds = Sequence[dict[str, float]]
 
 
-# --- samples --------------------------------------------------------------------------------------
-
-
 def timed(run: Callable[[], Any]) -> float:
     """Seconds that a call takes; the call itself waits for its results."""
     start = time.perf_counter()
@@ -41,9 +38,9 @@ def timed(run: Callable[[], Any]) -> float:
 def seconds_per_step(
     run: Callable[[int], Any], seconds: float, most: int = 50, least: int = 1
 ) -> float:
-    """The mean time of as many steps as take about `seconds` together.
+    """The mean time of a step, over as many steps as take about `seconds` together.
 
-    One step before them, which is not counted, decides how many.
+    Their number is estimated from one step before them, which is not counted.
     """
     first = timed(lambda: run(1))
     steps = max(least, min(most, round(seconds / first)))
@@ -58,7 +55,6 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 
 def names_in_every_round(rounds: Rounds, names: Iterable[str]) -> list[str]:
-    """Those of the names that every round has a sample of."""
     return [n for n in names if all(n in one_round for one_round in rounds)]
 
 
@@ -73,28 +69,20 @@ def time_ratios(rounds: Rounds, own: str, names: Sequence[str]) -> dict[str, Any
 
 
 def bound(what: str, relation: str, limit: float, value: float | None) -> dict[str, Any]:
-    """The result of a check that a figure is "at least" or "at most" a limit, its relation.
-
-    The value is `None` if it was not measured.
-    """
+    """The check that a figure is "at least" or "at most" a limit; `None` is "not measured"."""
     holds = None
     if value is not None:
         holds = value >= limit if relation == "at least" else value <= limit
     return {"what": what, "asked": f"{relation} {limit:g}", "measured": value, "holds": holds}
 
 
-# --- the device, and the limit that its memory sets -----------------------------------------------
-
-
 def bandwidth_samples(elements: int = 2**27, samples: int = 15) -> list[float]:
     """Samples of the bytes a second that JAX's first device reads and writes.
 
-    They are of a jitted `x * factor` over a float32 array far larger than any cache. It reads and
-    writes 8 bytes an element. The array is donated, so that the result is written where the
-    argument was, as a donated step writes its parameters and moments. (To write into a new array
-    would be slower, and no limit for such a step: the CPU first reads the memory that it is about
-    to overwrite, and the system has to map new pages.) A sample is the mean over passes that last
-    0.05 s or more.
+    A pass is a jitted `x * factor` over a float32 array far larger than any cache: 8 bytes an
+    element. The array is donated, as the arrays of a step are: to write into a new array is slower,
+    because the CPU reads memory before it overwrites it, and the system maps new pages. A sample
+    is the mean over passes that last 0.05 s or more.
     """
     import jax
     import jax.numpy as jnp
@@ -148,7 +136,7 @@ class Device:
         return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **hidden}
 
     def add_bandwidth(self, results: dict[str, Any]) -> None:
-        """Puts the bandwidth into results: from the samples here and, unless quick, as many new."""
+        """Puts the bandwidth into results; unless the run is quick, it is measured once more."""
         after = () if results["quick"] else device().bandwidth
         results["bandwidth"] = spread([*self.bandwidth, *after])
 
@@ -178,11 +166,7 @@ def _this_device(quick: bool) -> Device:
     return Device(first.platform, memory, has_torch, samples)
 
 
-# --- where it ran ---------------------------------------------------------------------------------
-
-
 def processor() -> str:
-    """The name of the CPU."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         for line in (line for line in lines if line.startswith("model name")):
@@ -210,7 +194,6 @@ def commit(root: Path = ROOT) -> str | None:
 
 
 def installed(*modules: str) -> list[str]:
-    """Those modules that can be imported."""
     return [name for name in modules if importlib.util.find_spec(name)]
 
 

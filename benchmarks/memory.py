@@ -30,7 +30,6 @@ QUICK_TABLE = (4000, 8, 64)
 
 
 def compiled_bytes(step: Any, params: Any, state: Any, *arguments: Any) -> dict[str, int]:
-    """The bytes of a jitted step."""
     memory = step.lower(params, state, *arguments).compile().memory_analysis()
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
@@ -41,15 +40,12 @@ def compiled_bytes(step: Any, params: Any, state: Any, *arguments: Any) -> dict[
 
 
 def dense_bytes(workload: str, chain: str, shapes: Any, dtype: str) -> dict[str, Any]:
-    """The bytes of a dense chain."""
     option = ", bfloat16" if dtype == "bfloat16" else ""
     step, arguments = program(("dense", "adamjax", chain + option, shapes), device=None)
     return {"workload": workload, "chain": chain, **compiled_bytes(step, *arguments)}
 
 
 def table_bytes(mode: str, rows: int, width: int, reads: int) -> dict[str, Any]:
-    """The bytes of a train step on a table."""
-
     def loss(params: Any, ids: Any, y: Any) -> Any:
         return jnp.mean((params["table"][ids] @ params["head"] - y) ** 2)
 

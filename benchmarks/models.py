@@ -22,7 +22,7 @@ from benchmarks.compile import PARTS, compile_seconds
 from benchmarks.networks import DLRM, Clicks, Params, Transformer, TwoTower
 from benchmarks.steps import RATE, Runner, Step
 from benchmarks.suite import Suite, progress, say_times
-from benchmarks.workers import WorkerPool, contender_answers, serve
+from benchmarks.workers import WorkerPool
 
 # The second model has one of the first one's tables. Only its program is measured, not its steps.
 MANY, ONE = "click, 26 tables", "click, one table"
@@ -50,15 +50,9 @@ CONTENDERS = {
 WITH_ROW_GRADIENTS = ("lazy", "exact")
 DECAY = 1e-4
 
-# Steps before any is timed: rows then lag behind by various numbers of steps.
-WARM = 24
-# Batches in rotation; the seconds that a timed sample should last.
-BATCHES, SAMPLE = 32, 0.5
-# How often a program is compiled in a sitting.
-COMPILATIONS = 2
-
-
-# --- contenders -----------------------------------------------------------------------------------
+WARM = 24  # steps before any is timed: rows then lag behind by various numbers of steps
+BATCHES, SAMPLE = 32, 0.5  # batches in rotation; seconds that a timed sample should last
+COMPILATIONS = 2  # of a program in each sitting
 
 
 def optimizer(name: str, model: Any) -> tuple[Any, Any]:
@@ -89,24 +83,21 @@ class Contender:
         self.name = name
         self.run: Any = None
 
-    def program(self, label: str, quick: bool) -> dict[str, Any]:
+    def program(self, model: Any) -> dict[str, Any]:
         """The lines of a step's program, and the seconds of each part of compiling it.
 
         No cache has any of it. The compiler chooses the layout of the tables.
         """
-        model = (QUICK if quick else MODELS)[MANY if label == ONE else label]
-        model = replace(model, count=1) if label == ONE else model
         init, step = trainer(self.name, model)
         params = jax.eval_shape(model.init, jax.random.key(0))
         given = params, jax.eval_shape(init, params), model.batch(0)
         seconds, lowered = compile_seconds(jax.jit(step, donate_argnums=(0, 1)), *given)
         return {**seconds, "lines": len(lowered.as_text().splitlines())}
 
-    def prepare(self, label: str, quick: bool) -> dict[str, float]:
+    def prepare(self, model: Any) -> dict[str, float]:
         """Compiles and warms up; returns the bytes of a step's temporaries and the loss then."""
         self.run = None
         gc.collect()
-        model = (QUICK if quick else MODELS)[label]
         # JAX's default generator takes long to compile.
         params, tx = jax.jit(model.init)(jax.random.key(0, impl="rbg")), None
         if self.name in WITH_ROW_GRADIENTS:
@@ -121,22 +112,17 @@ class Contender:
         return {"temporary_bytes": temporary_bytes, "loss": float(loss), "parameters": parameters}
 
     def sample(self) -> float:
-        """Seconds a step."""
         return measure.seconds_per_step(self.run, SAMPLE)
 
 
-# --- measuring ------------------------------------------------------------------------------------
-
-
 def measure_steps(
-    label: str, names: Sequence[str], args: Any, device: measure.Device
+    model: Any, names: Sequence[str], args: Any, device: measure.Device
 ) -> dict[str, Any]:
-    """The time of whole steps on a model, of all contenders in turn."""
     failed: dict[str, str] = {}
     rounds: list[dict[str, float]] = []
     for _ in range(args.sittings):
         with WorkerPool("models", names, device) as pool:
-            about, samples = pool.measure(names, (label, args.quick), args.rounds)
+            about, samples = pool.measure(names, (model,), args.rounds)
             rounds += samples
             failed |= pool.failed
     measured = measure.names_in_every_round(rounds, names)
@@ -149,7 +135,6 @@ def measure_steps(
         added = [{n: x[n] - x["frozen"] for n in others} for x in rounds]
         tables_ms = measure.times(added, others)
     return {
-        "model": label,
         # The workers have counted them: if JAX ran here too, it would take the device from them.
         "parameters": max((x["parameters"] for x in about.values()), default=0),
         "ms": measure.times(rounds, measured),
@@ -162,17 +147,18 @@ def measure_steps(
 
 
 def measure_programs(
-    names: Sequence[str], args: Any, device: measure.Device
+    model: Clicks, names: Sequence[str], args: Any, device: measure.Device
 ) -> list[dict[str, Any]]:
     """The steps of many tables and of one as programs.
 
     One contender after another: to compile takes all cores.
     """
+    models = {MANY: model, ONE: replace(model, count=1)}
     programs_by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(args.sittings):
         with WorkerPool("models", names, device) as pool:
-            for _, label, name in itertools.product(range(COMPILATIONS), (MANY, ONE), names):
-                answers = pool.ask(name, "program", label, args.quick)
+            for _, label, name in itertools.product(range(COMPILATIONS), models, names):
+                answers = pool.ask(name, "program", models[label])
                 programs_by_case.setdefault((label, name), []).extend(answers.values())
     rounds = COMPILATIONS * args.sittings
     return [
@@ -190,17 +176,15 @@ def measure_programs(
 
 
 def bounds(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The bounds on the program of a step of many tables."""
     exact = {row["model"]: row for row in programs if row["contender"] == "exact"}
     lines = seconds = None
     if {MANY, ONE} <= exact.keys():
         lines = exact[MANY]["lines"] / exact[ONE]["lines"]
         seconds = exact[MANY]["s"]["compile"]["median"] / exact[ONE]["s"]["compile"]["median"]
-    about_lines = "lines of StableHLO of the exact step: 26 tables / one table"
-    about_seconds = "time to compile the exact step: 26 tables / one table"
+    exact_step = "the exact step: 26 tables / one table"
     return [
-        measure.bound(about_lines, "at most", 4, lines),
-        measure.bound(about_seconds, "at most", 3, seconds),
+        measure.bound(f"lines of StableHLO of {exact_step}", "at most", 4, lines),
+        measure.bound(f"time to compile {exact_step}", "at most", 3, seconds),
     ]
 
 
@@ -245,17 +229,15 @@ def main(argv: list[str]) -> int:
     modules = {name: "optax" if name == "optax" else "adamjax" for name in CONTENDERS}
     suite = Suite("models", __doc__, packages, counts, modules, only_chooses="models")
     args = suite.parse(argv)
-    if args.worker:
-        return serve(contender_answers(Contender))
     every = QUICK if args.quick else MODELS
     models = {label: every[label] for label in suite.chosen(every)}
     names = suite.chosen_contenders()
     here = measure.device(args.quick)
     suite.results["steps"] = rows = []
     for label in progress(models, "model"):
-        rows.append(measure_steps(label, names, args, here))
+        rows.append({"model": label} | measure_steps(models[label], names, args, here))
         say_times(label, rows[-1]["ms"])
-    programs = measure_programs(names, args, here) if MANY in models else []
+    programs = measure_programs(models[MANY], names, args, here) if MANY in models else []
     suite.results["programs"] = programs
     here.add_bandwidth(suite.results)
     suite.results["traces"] = measure_tracing(models, 2 if args.quick else max(7, args.rounds))

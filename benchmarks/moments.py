@@ -1,7 +1,6 @@
 """Adam's moments in few bits against the recurrence in float64: what errors they have.
 
-Gradients of several kinds and magnitudes, the moments and updates that Adam makes of them in a
-format, the same in float64, and the errors between the two.
+Adam runs on gradients of several kinds and magnitudes, with moments in a format and in float64.
 """
 
 import functools
@@ -18,10 +17,8 @@ B1, B2 = 0.9, 0.999
 
 KINDS = ("constant", "decaying", "sparse", "heavy-tailed")
 SCALES = (1e-9, 1.0, 1e4)
-# The moments are compared after every tenth step.
-COMPARE_EVERY = 10
-# The error of float32 itself, relative to a moment, in 20,000 steps.
-FLOAT32_ERROR = 1e-5
+COMPARE_EVERY = 10  # steps
+FLOAT32_ERROR = 1e-5  # of float32 itself, relative to a moment, in 20,000 steps
 
 
 def gradients(kind: str, steps: int, elements: int) -> np.ndarray:
@@ -39,10 +36,7 @@ def gradients(kind: str, steps: int, elements: int) -> np.ndarray:
 
 @functools.cache
 def trajectory(form: str) -> Callable[[np.ndarray], tuple[jax.Array, ...]]:
-    """Returns a function of gradients that runs Adam with moments in a format.
-
-    It returns m, v and the update at each of the compared steps.
-    """
+    """A function from gradients to m, v and the update at each compared step, in a format."""
     tx = adamjax.scale_by_adam(B1, B2, eps_hat=1e-17, m_dtype=form, v_dtype=form)
 
     def step(carry: Any, g: jax.Array) -> tuple[Any, None]:
@@ -77,23 +71,15 @@ def reference(g: np.ndarray, every: int = COMPARE_EVERY) -> tuple[np.ndarray, ..
 def errors(
     ours: Sequence[Any], expected: Sequence[np.ndarray], float32_error: float = FLOAT32_ERROR
 ) -> dict[str, Any]:
-    """The errors of moments and updates, over all elements and compared steps.
+    """The errors of m, v and the updates, arrays of steps and elements, from those in float64.
 
     The error of a moment is relative to the moment itself, or to a thousandth of the step's root
-    mean square if that is larger.
-
-    Args:
-      ours, expected: m, v and the updates, by step and element: as measured, and in float64.
-      float32_error: the mean relative error of a moment that float32 itself may have.
+    mean square if that is larger. `float32_error` is the mean error that float32 itself may have.
 
     Returns:
-      A dict of:
-
-      - "biased": for m and v, the share of the steps at which the mean error is beyond three
-        standard errors plus `float32_error`;
-      - "bias": for m and v, the mean error over all steps;
-      - "update": the mean error of an update, relative to the mean size of an update;
-      - "finite": whether all moments and updates are finite.
+      "biased", for m and v the share of the steps at which the mean error is beyond three standard
+      errors plus `float32_error`; "bias", their mean error over all steps; "update", the mean error
+      of an update, relative to the mean size of an update; "finite", whether all are finite.
     """
     result: dict[str, Any] = {"biased": {}, "bias": {}}
     m, v, update = (np.asarray(x, np.float64) for x in ours)

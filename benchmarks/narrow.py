@@ -31,8 +31,6 @@ from benchmarks.suite import Suite, progress
 from benchmarks.train import data, job, model
 from benchmarks.train.options import Config
 
-# --- training -------------------------------------------------------------------------------------
-
 MARGIN = 0.01
 CONTROL = "bfloat16 weights, to the nearest"
 
@@ -46,14 +44,6 @@ class Format:
     master: bool = False  # whether the state has the weights in float32
     rounding: Any = "nearest"  # how weights are rounded, as `train_step` takes it
 
-    def optimizer(self, rate: Any, decay: float) -> adamjax.Transform:
-        """AdamW behind a clip."""
-        rule = adamjax.adamw(
-            rate, B1, B2, weight_decay=decay, m_dtype=self.moments, v_dtype=self.moments
-        )
-        tx = adamjax.chain(adamjax.clip_by_global_norm(1.0), rule)
-        return adamjax.master_weights(tx) if self.master else tx
-
 
 FORMATS = {
     "float32": Format(),
@@ -66,8 +56,6 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A model to train."""
-
     init: Callable[[int], Any]  # the parameters of a seed
     loss: Callable[[Any, Any], jax.Array]  # of parameters and a batch
     batch: Callable[[int, int], Any]  # of a seed and a step
@@ -123,28 +111,28 @@ def transformer(quick: bool) -> Task:
 TASKS = {"training job": next_words, "transformer": transformer}
 
 
-def as_float32(params: Any) -> Any:
-    """The parameters as the model computes with them."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
-
-
 def trainer(task: Task, name: str, steps: int) -> Callable[[int], float]:
     """A function of a seed that trains in a format and returns the held-out loss."""
     warm = max(1, steps // 10)
     rate = adamjax.warmup(adamjax.cosine_decay(task.rate, decay_steps=steps - warm), warm)
 
+    def as_float32(params: Any) -> Any:  # models compute in float32
+        return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
     def loss(params: Any, batch: Any) -> jax.Array:
         return task.loss(as_float32(params), batch)
 
+    form = Format("bfloat16") if name == CONTROL else FORMATS[name]
     if name == CONTROL:
         import optax
 
-        form = Format("bfloat16")
         rule = optax.adamw(rate, B1, B2, weight_decay=task.decay)
         tx: Any = optax.chain(optax.clip_by_global_norm(1.0), rule)
     else:
-        form = FORMATS[name]
-        tx = form.optimizer(rate, task.decay)
+        formats = {"m_dtype": form.moments, "v_dtype": form.moments}
+        own = adamjax.adamw(rate, B1, B2, weight_decay=task.decay, **formats)
+        tx = adamjax.chain(adamjax.clip_by_global_norm(1.0), own)
+        tx = adamjax.master_weights(tx) if form.master else tx
     step = adamjax.train_step(loss, tx, rounding=form.rounding)
 
     def train(seed: int) -> float:
@@ -158,12 +146,10 @@ def trainer(task: Task, name: str, steps: int) -> Callable[[int], float]:
 
 
 def compared(losses: dict[str, list[float]], before: float) -> dict[str, Any]:
-    """Each format's held-out losses, and their mean difference to float32's.
+    """Each format's held-out losses, and whether they are the same as float32's on average.
 
-    Returns:
-      "before": the loss before training; "learned": how much float32 takes off it; "spread": the
-      standard deviation of its seeds. For each format "losses", "difference", and except for
-      float32 "same": whether the difference is within the margin.
+    "learned" is how much float32 reduces the loss "before" training, and "spread" the standard
+    deviation over its seeds.
     """
     full = losses["float32"]
     learned, spread = before - statistics.fmean(full), statistics.stdev(full)
@@ -199,13 +185,11 @@ def main(argv: list[str]) -> int:
         cases, names = cases[::5], [*names[:2], CONTROL]
     suite.results |= {"steps": steps, "elements": elements}
     suite.results |= {"trained": training_steps, "seeds": seeds, "margin": MARGIN}
-    parts = suite.chosen(["moments", *TASKS])
-    tasks = [part for part in parts if part != "moments"]
-    cases = cases if "moments" in parts else []
     suite.results |= {"moments": [], "tasks": {}}
-    for case in progress(cases, "case"):
+    parts = suite.chosen(["moments", *TASKS])
+    for case in progress(cases if "moments" in parts else [], "case"):
         suite.results["moments"] += moment_errors(*case, steps, elements)
-    for task_name in tasks:
+    for task_name in [part for part in parts if part != "moments"]:
         task = TASKS[task_name](args.quick)
         losses: dict[str, list[float]] = {}
         for name in names:

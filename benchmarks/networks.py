@@ -19,24 +19,18 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 Params = dict[str, Any]
 
-# The exponent s of Zipf's law, p(k) ~ k^-s.
-EXPONENT = 1.1
+EXPONENT = 1.1  # s of Zipf's law, p(k) ~ k^-s
 
 
 # --- data -----------------------------------------------------------------------------------------
 
 
 def zipf_sums(num_ids: int, exponent: float) -> np.ndarray:
-    """The cumulative sums of the weights of Zipf's law, by rank."""
     return np.cumsum(np.arange(1, num_ids + 1) ** -exponent)
 
 
 def draw_ids(rng: np.random.Generator, sums: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """int32 ids in `[0, len(sums))`, a few of them frequent, and these not neighbours.
-
-    Args:
-      sums: the cumulative sums of the weights of all ranks.
-    """
+    """int32 ids in `[0, len(sums))`; `sums` are cumulative weights. Frequent ids are scattered."""
     ranks = np.searchsorted(sums, rng.random(shape) * sums[-1])
     # A prime, so this is a permutation.
     return (ranks * 7_368_787 % len(sums)).astype(np.int32)

@@ -28,22 +28,19 @@ LINES: dict[str, tuple[str, str, str, float]] = {
 
 
 def limit(results: Mapping[str, Any]) -> Any:
-    """The speed of steps as a fraction of the fastest that the memory's bandwidth allows."""
+    """A bar for each dense step, and for each kind of step in the main cases of `rows`."""
     from matplotlib.figure import Figure
 
-    bars: list[tuple[str, dict[str, float], str]] = []
-    if "dense" in results:
-        bars += [
-            (f"dense: {row['workload']}, {row['chain']}", row["fraction"]["adamjax"], "C0")
-            for row in results["dense"]["times"]
-        ]
-    if "rows" in results:
-        bars += [
-            (f"rows: {name}, {row['indices']} indices", row["fraction"][name], "C2")
-            for row in main_rows(results["rows"])
-            for name in ("exact", "lazy", "dense")
-            if name in row["fraction"]
-        ]
+    bars: list[tuple[str, dict[str, float], str]] = [
+        (f"dense: {row['workload']}, {row['chain']}", row["fraction"]["adamjax"], "C0")
+        for row in results.get("dense", {}).get("times", [])
+    ]
+    bars += [
+        (f"rows: {name}, {row['indices']} indices", row["fraction"][name], "C2")
+        for row in main_rows(results.get("rows", {}))
+        for name in ("exact", "lazy", "dense")
+        if name in row["fraction"]
+    ]
     if not bars:
         return None
     figure = Figure(figsize=(8, 0.32 * len(bars) + 1.2), layout="constrained")
@@ -63,11 +60,11 @@ def rows(results: Mapping[str, Any]) -> Any:
     """Time against the table's size, for the main case's width and batch."""
     from matplotlib.figure import Figure
 
-    cases = results.get("rows", {}).get("times")
-    if not cases:
+    if not (main_cases := main_rows(results.get("rows", {}))):
         return None
-    main = main_rows(results["rows"])[0]
-    cases = [c for c in cases if (c["width"], c["reads"]) == (main["width"], main["reads"])]
+    main = main_cases[0]
+    size = main["width"], main["reads"]
+    cases = [case for case in results["rows"]["times"] if (case["width"], case["reads"]) == size]
     kinds = sorted({case["indices"] for case in cases}, reverse=True)
     figure = Figure(figsize=(3.1 * len(kinds) + 3.2, 3.5), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]

@@ -1,6 +1,6 @@
 """Steps as programs to compile, also for a device that the machine lacks.
 
-A case says what the step is, in values that JSON has:
+A case says what the step is:
 - `("dense", package, chain, shapes)`: see `steps.chain_step`; ", bfloat16" sets the dtype;
 - `("rows", kind, width, num_rows, num_ids=8192)`: a step on a table;
 - `("tables", kind, width, num_rows, num_ids, count)`: a train step on several of one size.
@@ -22,7 +22,7 @@ Program = tuple[Any, tuple[Any, ...]]
 
 # Indices of a step.
 NUM_IDS = 8192
-# Train steps on a table that a loss reads rows of, and the modes that `table_mode` has.
+# Train steps on a table of which a loss reads rows, and their modes, as in `steps.table_mode`.
 ROWS = {
     "dense gradient, optax": "optax",
     "dense gradient": "dense gradient",
@@ -34,7 +34,7 @@ ROWS = {
 
 
 def table_cases(num_rows: int, width: int, quick: bool = False) -> dict[str, Case]:
-    """The cases of a table: a step in every mode, and with narrow rows those of large batches."""
+    """A step in every mode; if rows have 64 columns, also the cases of large batches."""
     # Rows of 128 columns are a line as they are.
     kinds = [kind for kind in ROWS if "packed" not in kind or width % 128]
     cases: dict[str, Case] = {kind: ("rows", kind, width, num_rows) for kind in kinds}
@@ -42,7 +42,7 @@ def table_cases(num_rows: int, width: int, quick: bool = False) -> dict[str, Cas
 
 
 def large_cases(num_rows: int, width: int, quick: bool = False) -> dict[str, Case]:
-    """Cases of a table of which a step reads so many rows that it works through blocks of them."""
+    """Steps that read so many rows of a table that they work through blocks of rows."""
     ids, kinds = 16_384 if quick else 65_536, ("rows=lazy", "exact_rows")
     return {f"{kind}, {ids:,} indices": ("rows", kind, width, num_rows, ids) for kind in kinds}
 
@@ -55,7 +55,7 @@ def many_tables(quick: bool = False) -> tuple[int, int, dict[str, Case]]:
 
 
 def block_turns(case: Case) -> int:
-    """The turns of a case's loop over blocks of rows, if no index is there twice; 0 without one."""
+    """The turns of a case's loop over blocks of rows, if all indices differ; 0 without a loop."""
     num_ids = case[4] if case[0] == "rows" and len(case) > 4 else 0
     return 0 if blocks.needs_no_loop(num_ids) else -(-num_ids // blocks._BLOCK_ROWS)
 
@@ -70,7 +70,7 @@ def _dense_program(device: Any, package: str, chain: str, shapes: Any) -> Progra
     dtype = "bfloat16" if chain.endswith(", bfloat16") else "float32"
     params = [jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=device) for shape in shapes]
     init, step = steps.chain_step(package, chain)
-    # optax's moments would else be in bfloat16, and change their dtype in a step.
+    # Otherwise optax's moments would be in bfloat16, and change their dtype in a step.
     wide = [jax.ShapeDtypeStruct(p.shape, "float32") for p in params]
     state = jax.eval_shape(init, wide if package == "optax" else params)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)

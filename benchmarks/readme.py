@@ -4,7 +4,6 @@ A number stands in a sentence, between `<!-- number NAME -->` and `<!-- end -->`
 """
 
 import argparse
-import functools
 import json
 import re
 from collections.abc import Mapping
@@ -19,114 +18,77 @@ PAGES = (README, *sorted((ROOT / "docs").rglob("*.md")))
 NUMBER_MARK = re.compile(r"(<!-- number (.+?) -->).*?(<!-- end -->)", re.DOTALL)
 
 
-# --- numbers --------------------------------------------------------------------------------------
-
-
-@functools.cache
-def results(suite: str) -> Results:
-    """The committed results of a suite on a CPU."""
+def committed(suite: str) -> Results:
     return json.loads((RESULTS / "cpu" / f"{suite}.json").read_text())
 
 
-def times_over_exact(contender: str) -> list[float]:
-    """A contender's time divided by that of `exact`, in each main case of the rows suite."""
-    rows = main_rows(results("rows"))
-    # The results have the time of `exact` divided by that of the contender.
-    return [1 / row["ratio"]["exact"][contender]["median"] for row in rows]
+def numbers() -> dict[str, str]:
+    """The numbers that stand in sentences, by name."""
+    dense, rows, models = committed("dense")["times"], committed("rows"), committed("models")
+    soak, train = committed("soak")["cases"]["Adam"], committed("train")
+    main = main_rows(rows)
 
+    def times_exact(contender: str) -> str:
+        return span(1 / row["ratio"]["exact"][contender]["median"] for row in main)
 
-def dense_times_over(rival: str, chain: str, workloads: str = "") -> list[float]:
-    """adamjax's time divided by a rival's, in workloads of the dense suite with this chain.
-
-    Args:
-      workloads: a pattern that selects workloads by their names.
-    """
-    return [
-        row["ratio"][rival]["median"]
-        for row in results("dense")["times"]
-        if row["chain"] == chain and re.search(workloads, row["workload"])
+    optax_clipped = [row["ratio"]["optax"] for row in dense if row["chain"] == "clip + adam"]
+    adam = {row["workload"]: row["ratio"] for row in dense if row["chain"] == "adam"}
+    optax_adam: dict[bool, list[float]] = {False: [], True: []}  # in float32, in bfloat16
+    for workload, ratio in adam.items():
+        optax_adam["bfloat16" in workload].append(ratio["optax"]["median"])
+    exact_over_optax = [
+        row["ratio"]["exact"]["optax"]["median"] for row in rows["times"] if "exact" in row["ratio"]
     ]
+    of_model = {row["model"]: row["ratio"] for row in models["steps"]}
+    compile_seconds = {
+        row["model"]: row["s"]["compile"]["median"]
+        for row in models["programs"]
+        if row["contender"] == "exact"
+    }
+    temporaries = {row["mode"]: row["temporary_bytes"] for row in committed("memory")["tables"]}
+    return {
+        "table optax": times_exact("optax"),
+        "table torch": times_exact("torch sparse"),
+        "table exact ms": span((row["ms"]["exact"]["median"] for row in main), 1),
+        "table worst": two_digits(max(1.0, *exact_over_optax)),
+        "clip adam optax": span(1 / ratio["median"] for ratio in optax_clipped),
+        "adam float32": span(optax_adam[False], 2),
+        "adam bfloat16": span(optax_adam[True], 2),
+        "adam torch": f"{max(ratio['torch']['median'] for ratio in adam.values()):.2f}",
+        "soak steps": f"{soak['steps'][-1]:,}",
+        "soak exact": f"{soak['weights']['exact']['mean'][-1]:.1e}",
+        "soak dense": f"{soak['weights']['dense']['mean'][-1]:.1e}",
+        "dlrm optax": two_digits(of_model["DLRM"]["optax"]["median"]),
+        "towers optax": two_digits(of_model["two towers"]["optax"]["median"]),
+        "models lazy": span((ratio["lazy"]["median"] for ratio in of_model.values()), 2),
+        "compile one table": two_digits(compile_seconds["click, one table"]),
+        "compile 26 tables": two_digits(compile_seconds["click, 26 tables"]),
+        "train steps": f"{train['config']['steps']}",
+        **{
+            f"train {mode} loss": f"{train['rows'][mode]['held_out_loss']:.3f}"
+            for mode in ("none", "exact", "lazy")
+        },
+        **{
+            f"train {mode} time": f"{train['rows'][mode]['ratio_to_none']['median']:.2f}"
+            for mode in ("exact", "lazy")
+        },
+        "table temporaries dense gradient": f"{temporaries['dense gradient'] / 1e6:.0f}",
+        "table temporaries exact": f"{temporaries['exact_rows'] / 1e6:.0f}",
+    }
 
 
-def worst_slowdown_of_exact() -> float:
-    """The largest ratio of `exact`'s time to that of dense gradients in optax, 1 at least."""
-    rows = results("rows")["times"]
-    ratios = [r["ratio"]["exact"]["optax"]["median"] for r in rows if "exact" in r["ratio"]]
-    return max([1.0, *ratios])
-
-
-def soak_error(contender: str) -> str:
-    """The mean difference of a weight from its value in float64, after the soak's last step."""
-    return f"{results('soak')['cases']['Adam']['weights'][contender]['mean'][-1]:.1e}"
-
-
-def model_ratio(model: str, contender: str) -> float:
-    """A contender's time for a model's train step, divided by the time with `exact_rows`."""
-    rows = {row["model"]: row["ratio"] for row in results("models")["steps"]}
-    return float(rows[model][contender]["median"])
-
-
-def seconds_to_compile(model: str) -> str:
-    """The time to compile a model's train step with `exact_rows`."""
-    rows = results("models")["programs"]
-    seconds = {(row["model"], row["contender"]): row["s"]["compile"]["median"] for row in rows}
-    return two_digits(seconds[model, "exact"])
-
-
-def temporaries(mode: str) -> str:
-    """The temporaries of a train step on a table, in MB."""
-    by_mode = {row["mode"]: row["temporary_bytes"] for row in results("memory")["tables"]}
-    return f"{by_mode[mode] / 1e6:.0f}"
-
-
-def training_number(mode: str, name: str) -> float:
-    """A number of the training job with `--rows MODE`; if it is a spread, its median."""
-    number = results("train")["rows"][mode][name]
-    return float(number["median"] if isinstance(number, dict) else number)
-
-
-NUMBERS = {
-    "table optax": lambda: span(times_over_exact("optax")),
-    "table torch": lambda: span(times_over_exact("torch sparse")),
-    "table exact ms": lambda: span(
-        (row["ms"]["exact"]["median"] for row in main_rows(results("rows"))), 1
-    ),
-    "table worst": lambda: two_digits(worst_slowdown_of_exact()),
-    "clip adam optax": lambda: span(1 / x for x in dense_times_over("optax", "clip + adam")),
-    "adam float32": lambda: span(dense_times_over("optax", "adam", "^(?!.*bfloat16)"), 2),
-    "adam bfloat16": lambda: span(dense_times_over("optax", "adam", "bfloat16"), 2),
-    "adam torch": lambda: f"{max(dense_times_over('torch', 'adam')):.2f}",
-    "soak steps": lambda: f"{results('soak')['cases']['Adam']['steps'][-1]:,}",
-    "soak exact": lambda: soak_error("exact"),
-    "soak dense": lambda: soak_error("dense"),
-    "dlrm optax": lambda: two_digits(model_ratio("DLRM", "optax")),
-    "towers optax": lambda: two_digits(model_ratio("two towers", "optax")),
-    "models lazy": lambda: span(
-        (row["ratio"]["lazy"]["median"] for row in results("models")["steps"]), 2
-    ),
-    "compile one table": lambda: seconds_to_compile("click, one table"),
-    "compile 26 tables": lambda: seconds_to_compile("click, 26 tables"),
-    "train steps": lambda: f"{results('train')['config']['steps']}",
-    "train none loss": lambda: f"{training_number('none', 'held_out_loss'):.3f}",
-    "train exact loss": lambda: f"{training_number('exact', 'held_out_loss'):.3f}",
-    "train lazy loss": lambda: f"{training_number('lazy', 'held_out_loss'):.3f}",
-    "train exact time": lambda: f"{training_number('exact', 'ratio_to_none'):.2f}",
-    "train lazy time": lambda: f"{training_number('lazy', 'ratio_to_none'):.2f}",
-    "table temporaries dense gradient": lambda: temporaries("dense gradient"),
-    "table temporaries exact": lambda: temporaries("exact_rows"),
-}
-
-
-# --- pages ----------------------------------------------------------------------------------------
-
-
-def with_tables(texts: Mapping[Path, str]) -> dict[Path, str]:
-    """Texts of pages with the tables between their marks as the committed results say.
+def render(texts: Mapping[Path, str]) -> dict[Path, str]:
+    """Texts of pages with their tables and numbers as the committed results say.
 
     Raises:
       ValueError: for some results there is not exactly one page that has the marks.
+      KeyError: there is no number of a name.
     """
-    new = dict(texts)
+    by_name = numbers()
+    new = {
+        page: NUMBER_MARK.sub(lambda m: m[1] + by_name[m[2]] + m[3], text)
+        for page, text in texts.items()
+    }
     for suite, tables in SUITES.items():
         for path in sorted(RESULTS.glob(f"*/{suite}.json")):
             name = f"{suite} {path.parent.name}"
@@ -138,30 +100,16 @@ def with_tables(texts: Mapping[Path, str]) -> dict[Path, str]:
                     f"lines <!-- {name} --> and <!-- end {name} --> where its tables belong"
                 )
             filled = f"\n{tables(json.loads(path.read_text()))}\n\n"
-            text = new[pages[0]]
-            new[pages[0]] = block.sub(lambda m, filled=filled: m[1] + filled + m[2], text)
+            page = pages[0]
+            new[page] = block.sub(lambda m, filled=filled: m[1] + filled + m[2], new[page])
     return new
 
 
-def render(texts: Mapping[Path, str]) -> dict[Path, str]:
-    """Texts of pages with their tables and numbers as the committed results say.
-
-    Raises:
-      KeyError: there is no number of a name.
-    """
-    return {
-        page: NUMBER_MARK.sub(lambda m: m[1] + NUMBERS[m[2]]() + m[3], text)
-        for page, text in with_tables(texts).items()
-    }
-
-
 def main(argv: list[str]) -> int:
-    argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__).parse_args(
-        argv
-    )
-    texts = {page: page.read_text() for page in PAGES}
-    for page, text in render(texts).items():
-        if text != texts[page]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__)
+    parser.parse_args(argv)
+    for page, text in render({page: page.read_text() for page in PAGES}).items():
+        if text != page.read_text():
             page.write_text(text)
             print(page.relative_to(ROOT))
     return 0

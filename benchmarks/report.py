@@ -6,7 +6,6 @@ suite, and whether by more than the noise.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from benchmarks import compare, plots, tables
 from benchmarks.contenders import OURS
 from benchmarks.measure import RESULTS
+from benchmarks.tables import span
+from benchmarks.train.options import UserError
 
 # suite: its title, and what it measured in a sentence or two
 SECTIONS = {
@@ -63,7 +64,7 @@ def read(folder: Path) -> Results:
     paths = {suite: folder / f"{suite}.json" for suite in SECTIONS}
     results = {suite: compare.loaded(path) for suite, path in paths.items() if path.exists()}
     if not results:
-        raise ValueError(
+        raise UserError(
             f"{folder} has no results: `python -m benchmarks all` measures everything, and "
             f"`python -m benchmarks SUITE` one of {', '.join(SECTIONS)}"
         )
@@ -77,19 +78,15 @@ def _rows_of(results: Results, suite: str, part: str = "times") -> list[dict[str
     return results.get(suite, {}).get(part, [])
 
 
-def _main_rows(results: Results) -> list[dict[str, Any]]:
-    return tables.main_rows(results["rows"]) if "rows" in results else []
-
-
 def _speed(results: Results) -> Iterator[str]:
     """How fast steps are."""
     dense, shares = _rows_of(results, "dense"), []
     for name in dense[0]["ratio"] if dense else ():
         ratios = [row["ratio"][name]["median"] for row in dense if name in row["ratio"]]
-        shares.append(f"{tables.span(ratios, 2)} of the time with {NAMES.get(name, name)}")
+        shares.append(f"{span(ratios, 2)} of the time with {NAMES.get(name, name)}")
     if shares:
         yield f"A dense step takes {', '.join(shares)}."
-    for row in _main_rows(results):
+    for row in tables.main_rows(results.get("rows", {})):
         ratios, others = row["ratio"].get("exact", {}), ""
         for name in ("optax", "torch sparse"):
             if name in ratios:
@@ -99,9 +96,8 @@ def _speed(results: Results) -> Iterator[str]:
             f"A step that reads {row['reads']:,} rows ({row['indices']} indices) of a table of "
             f"{row['rows']:,} takes `exact_rows` {row['ms']['exact']['median']:.1f} ms{others}."
         )
-    models = [row for row in _rows_of(results, "models", "steps") if "optax" in row["ratio"]]
-    if models:
-        times = (f"{row['model']}: {row['ratio']['optax']['median']:.1f}" for row in models)
+    models = {row["model"]: row["ratio"] for row in _rows_of(results, "models", "steps")}
+    if times := [f"{m}: {x['optax']['median']:.1f}" for m, x in models.items() if "optax" in x]:
         yield (
             "The time of a train step with optax, divided by that with `exact_rows`: "
             f"{'; '.join(times)}."
@@ -109,21 +105,23 @@ def _speed(results: Results) -> Iterator[str]:
     for what in ("trace and lower", "compile"):
         rows = [row for row in _rows_of(results, "compile") if row["what"] == what]
         if medians := [row["ratio"]["optax"]["median"] for row in rows if row["ratio"]]:
-            yield f"To {what} a step takes {tables.span(medians, 2)} of the time with optax."
+            yield f"To {what} a step takes {span(medians, 2)} of the time with optax."
 
 
 def _limits(results: Results) -> Iterator[str]:
     """How close steps come to the limit of the memory's bandwidth, and what memory they need."""
-    limit = "of the speed that the memory's bandwidth, {:.1f} GB/s, allows"
-    if dense := results.get("dense"):
-        shares = [row["fraction"]["adamjax"]["median"] for row in dense["times"]]
-        speed = dense["bandwidth"]["median"] / 1e9
-        yield f"A dense step reaches {tables.span(shares, 2)} {limit.format(speed)}."
-    for row in _main_rows(results):
+
+    def limit(suite: str) -> str:
+        speed = results[suite]["bandwidth"]["median"] / 1e9
+        return f"of the speed that the memory's bandwidth, {speed:.1f} GB/s, allows"
+
+    if dense := _rows_of(results, "dense"):
+        shares = [row["fraction"]["adamjax"]["median"] for row in dense]
+        yield f"A dense step reaches {span(shares, 2)} {limit('dense')}."
+    for row in tables.main_rows(results.get("rows", {})):
         names = [name for name in ("exact", "lazy", "dense") if name in row["fraction"]]
         each = ", ".join(f"`{name}` {row['fraction'][name]['median']:.2f}" for name in names)
-        speed = results["rows"]["bandwidth"]["median"] / 1e9
-        yield f"Steps on rows ({row['indices']} indices): {each} {limit.format(speed)}."
+        yield f"Steps on rows ({row['indices']} indices): {each} {limit('rows')}."
     if memory := results.get("memory"):
         most = {False: 0.0, True: 0.0}  # of the chains without `grouped`, and with it
         for row in memory["dense"]:
@@ -138,7 +136,7 @@ def _limits(results: Results) -> Iterator[str]:
 
 
 def _comparisons(results: Results) -> Iterator[tuple[str, str, str, dict[str, float]]]:
-    """What is compared, with whom, in which case, and our time divided by theirs."""
+    """What is compared, with which package, in which case, and our time divided by theirs."""
     for row in _rows_of(results, "dense"):
         for name, ratio in row["ratio"].items():
             yield "A dense step", name, f"{row['workload']}, {row['chain']}", ratio
@@ -160,13 +158,11 @@ def _what_is_slow(results: Results) -> Iterator[str]:
     """The targets that are missed, and what is slower than with another package."""
     bounds = _rows_of(results, "rows", "bounds") + _rows_of(results, "models", "bounds")
     measured = [row for row in bounds if row["holds"] is not None]
-    lines = [
-        f"  - {row['what']}: {row['measured']:.3g} (target: {row['asked']})"
-        for row in measured
-        if not row["holds"]
-    ]
-    if lines:
-        yield "\n".join([f"Of {len(measured)} targets, {len(lines)} are missed:", *lines])
+    missed = [row for row in measured if not row["holds"]]
+    if missed:
+        yield f"Of {len(measured)} targets, {len(missed)} are missed:" + "".join(
+            f"\n  - {row['what']}: {row['measured']:.3g} (target: {row['asked']})" for row in missed
+        )
     elif measured:
         yield f"All {len(measured)} targets are met."
     cases: dict[str, dict[str, list[tuple[float, str]]]] = {}
@@ -186,7 +182,6 @@ def _what_is_slow(results: Results) -> Iterator[str]:
 
 
 def summary(results: Results) -> str:
-    """The summary of the results."""
     parts = []
     if quick := [suite for suite, x in results.items() if x.get("quick")]:
         parts.append(
@@ -204,12 +199,7 @@ def summary(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-# --- the page -------------------------------------------------------------------------------------
-
-
 def text(results: Results) -> str:
-    """The report in Markdown."""
-
     def picture(plot: str) -> str:
         return f"![{plots.CAPTIONS[plot]}](report-{plot}.png)\n\n*{plots.CAPTIONS[plot]}*"
 
@@ -239,37 +229,23 @@ def text(results: Results) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
-    parser.add_argument(
-        "folder",
-        type=Path,
-        nargs="?",
-        metavar="FOLDER",
-        help="the results (default benchmarks/results/PLATFORM, of what JAX finds)",
-    )
-    parser.add_argument(
-        "--compare",
-        type=Path,
-        nargs=2,
-        metavar=("A.json", "B.json"),
-        help="print what changed from A to B, results of one suite",
-    )
-    parser.add_argument("--everything", action="store_true", help="with --compare: the rest too")
+    add = parser.add_argument
+    what = "the results (default benchmarks/results/PLATFORM, of what JAX finds)"
+    add("folder", type=Path, nargs="?", metavar="FOLDER", help=what)
+    what = "print what changed from A to B, results of one suite"
+    add("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help=what)
+    add("--everything", action="store_true", help="with --compare: the rest too")
     args = parser.parse_args(argv)
-    try:
-        if args.compare:
-            old, new = (compare.loaded(path) for path in args.compare)
-            print(compare.compared(old, new, args.everything))
-            return 0
-        folder = args.folder
-        if folder is None:
-            import jax
+    if args.compare:
+        old, new = (compare.loaded(path) for path in args.compare)
+        print(compare.compared(old, new, args.everything))
+        return 0
+    if not args.folder:
+        import jax
 
-            folder = RESULTS / jax.default_backend()
-        results = read(folder)
-    except ValueError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
-    drawn = plots.draw(results, folder)
-    (folder / "report.md").write_text(text(results))
-    print(f"written to {folder / 'report.md'}, with {', '.join(drawn)}")
+        args.folder = RESULTS / jax.default_backend()
+    results = read(args.folder)
+    drawn = plots.draw(results, args.folder)
+    (args.folder / "report.md").write_text(text(results))
+    print(f"written to {args.folder / 'report.md'}, with {', '.join(drawn)}")
     return 0

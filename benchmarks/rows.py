@@ -27,11 +27,10 @@ import numpy as np
 from benchmarks import contenders, measure
 from benchmarks.contenders import Case, JaxTable, TorchTable, short
 from benchmarks.suite import Suite, progress, say, say_times
-from benchmarks.workers import WorkerPool, contender_answers, serve
+from benchmarks.workers import WorkerPool
 
 PACKAGES = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
-# The seconds that a timed sample should last.
-SAMPLE = 0.1
+SAMPLE = 0.1  # seconds that a timed sample should last
 
 
 def _cases(rows: Sequence[int], widths: Sequence[int], reads: Sequence[int]) -> list[Case]:
@@ -53,9 +52,6 @@ GROWTH = {short(rows): rows for rows in (GRID[0].rows, GRID[-1].rows)}
 def main_rounds(case: Case, rounds: int) -> int:
     """The rounds of a main case in a sitting: a step on many rows takes long."""
     return rounds if case.reads <= FULL else max(2, rounds // 4)
-
-
-# --- a contender in its process -------------------------------------------------------------------
 
 
 def _memory(path: str, what: str) -> int | None:
@@ -85,14 +81,12 @@ class Contender:
             self.kind = JaxTable
 
     def drop(self) -> None:
-        """Frees the table."""
         self.table: Any = None
         self.shape = (0, 0)
         gc.collect()
 
-    def prepare(self, *about: Any) -> dict[str, Any]:
+    def prepare(self, case: Case) -> dict[str, Any]:
         """Loads a case's batches, compiles, warms up; returns the bytes that this took."""
-        case = Case(*about)
         if self.shape != (case.rows, case.width):
             self.drop()
             self.base = _resident("VmRSS")
@@ -112,17 +106,14 @@ class Contender:
         }
 
     def sample(self) -> float:
-        """Seconds a step."""
         return measure.seconds_per_step(self.table.run, SAMPLE)
 
 
-# --- measuring ------------------------------------------------------------------------------------
-
-
 def fits(pool: WorkerPool, cases: Sequence[Case]) -> bool:
-    """Whether all contenders' arrays fit in memory at once, and one's temporaries.
+    """Whether the arrays of all contenders fit in memory at once, with one's temporaries.
 
-    These are a table with its moments, the same for all cases, and the batches of the largest.
+    The arrays are a table, its moments and the batches of the largest case. Temporaries are at most
+    as large as a table and its moments.
     """
     free = pool.device.memory or _memory("/proc/meminfo", "MemAvailable") or math.inf
     case = max(cases, key=contenders.batch_bytes)
@@ -134,7 +125,7 @@ def fits(pool: WorkerPool, cases: Sequence[Case]) -> bool:
 
 
 def take_samples(pool: WorkerPool, rounds: dict[Case, int]) -> dict[Case, dict[str, Any]]:
-    """The samples of so many rounds of cases with one table, and what contenders say of memory."""
+    """For each case of one table: the samples of its rounds, and what `prepare` returned."""
     in_turn = fits(pool, list(rounds))
     by_case: dict[Case, dict[str, Any]] = {
         case: {"in_turn": in_turn, "samples": [{} for _ in range(n)], "about": {}, "failed": {}}
@@ -142,7 +133,7 @@ def take_samples(pool: WorkerPool, rounds: dict[Case, int]) -> dict[Case, dict[s
     }
     for names in [pool.names] if in_turn else [[name] for name in pool.names]:
         for case, record in by_case.items():
-            about, samples = pool.measure(names, list(vars(case).values()), rounds[case])
+            about, samples = pool.measure(names, (case,), rounds[case])
             record["about"] |= about
             record["failed"] |= pool.failed
             for one, more in zip(record["samples"], samples, strict=True):
@@ -193,17 +184,14 @@ def measure_cases(
 
 
 def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[dict[str, Any]]:
-    """The time of exact's steps on a small and a large table, in turn, and their ratio.
-
-    The indices are as many as in the first main cases.
-    """
+    """The time of exact's steps on a small and a large table, in turn, and their ratio."""
     cases = [case for case in MAIN if case.reads == FULL]
     samples: dict[str, list[dict[str, float]]] = {case.indices: [] for case in cases}
     for _ in range(sittings):
         with WorkerPool("rows", dict.fromkeys(GROWTH, "exact"), device) as pool:
             for case in cases:
                 for size, rows in GROWTH.items():
-                    pool.ask(size, "prepare", *vars(replace(case, rows=rows)).values())
+                    pool.ask(size, "prepare", replace(case, rows=rows))
                 turns = (pool.in_turn(pool.names, number) for number in range(rounds))
                 samples[case.indices] += turns
     growth, (small, large) = [], GROWTH
@@ -216,19 +204,16 @@ def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[d
     return growth
 
 
-# --- bounds ---------------------------------------------------------------------------------------
-
-
 def bounds(
     table: Sequence[dict[str, Any]], growth: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The bounds on the main cases: on those with 8,192 indices, where no other number is said."""
+    """The bounds on the main cases, with 8,192 indices unless a bound names another number."""
     rows = {row["case"]: row for row in table}
     main_rows = {(case.reads, case.indices): rows.get(case.name) for case in MAIN}
     grown = {(row["contender"], row["indices"]): row["ratio"]["median"] for row in growth}
 
     def ratio(one: str, other: str, indices: str, reads: int = FULL) -> float | None:
-        """The time of one by that of the other, of which one is ours."""
+        """The time of one divided by that of the other; at least one of them is ours."""
         ratios = (main_rows[reads, indices] or {"ratio": {}})["ratio"]
         if other in ratios.get(one, {}):
             return ratios[one][other]["median"]
@@ -267,16 +252,11 @@ def bounds(
     return [measure.bound(*bound) for bound in asked]
 
 
-# --- the suite ------------------------------------------------------------------------------------
-
-
 def main(argv: list[str]) -> int:
     counts = {"rounds": 8, "sittings": 4, "grid_rounds": 3}
     modules = {name: package for name, (package, _) in contenders.ALL_CONTENDERS.items()}
     suite = Suite("rows", __doc__, PACKAGES, counts, modules, only_chooses="cases, and 'growth',")
     args = suite.parse(argv)
-    if args.worker:
-        return serve(contender_answers(Contender))
     here = measure.device(args.quick)
     main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID)
     grid = grid + (LARGE if here.platform != "cpu" and not args.quick else [])
@@ -302,13 +282,9 @@ def main(argv: list[str]) -> int:
     here.add_bandwidth(suite.results)
     for row in table:
         case = Case(*(row[name] for name in ("rows", "width", "reads", "indices")))
-        row["least_bytes"] = {
-            n: round(contenders.least_bytes(n, case, row["distinct"])) for n in row["ms"]
-        }
-        row["fraction"] = {
-            name: measure.fraction_of_limit(
-                row["least_bytes"][name], ms, suite.results["bandwidth"]
-            )
-            for name, ms in row["ms"].items()
-        }
+        row |= {"least_bytes": {}, "fraction": {}}
+        for name, ms in row["ms"].items():
+            least = round(contenders.least_bytes(name, case, row["distinct"]))
+            row["least_bytes"][name] = least
+            row["fraction"][name] = measure.fraction_of_limit(least, ms, suite.results["bandwidth"])
     return suite.finish()

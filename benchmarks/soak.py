@@ -8,6 +8,7 @@ papers. The rate is set from outside: a warm-up, then a cosine. One more run cro
 int32.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,8 +33,6 @@ B1, B2, EPS, DECAY, MOMENTUM = 0.9, 0.999, 1e-7, 0.01, 0.999
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer that is run."""
-
     rule: str  # "adam", "amsgrad" or "adamax"
     corrected: bool = False  # whether eps is added to the corrected root, as in algorithm 1
     decays: bool = False  # whether there is decoupled weight decay
@@ -42,7 +41,6 @@ class Case:
     moments: str | None = None  # their format, as a rule takes it
 
     def dense(self, rate: Any) -> adamjax.Transform:
-        """The dense optimizer."""
         eps_name = "eps" if self.corrected or self.rule == "adamax" else "eps_hat"
         formats = {"m_dtype": self.moments, "v_dtype": self.moments} if self.moments else {}
         return adamjax.chain(
@@ -62,9 +60,6 @@ CASES = {
     "Adam, bfloat16 moments": Case("adam", moments="bfloat16"),
     "Adam, 8-bit moments": Case("adam", moments="scaled8"),
 }
-
-
-# --- data -----------------------------------------------------------------------------------------
 
 
 class Chunk(NamedTuple):
@@ -94,11 +89,7 @@ def chunk(start: int, steps: int, steps_before: int) -> Chunk:
 
 
 def start_table() -> np.ndarray:
-    """The table before the first step."""
     return (0.1 * np.random.default_rng(2).standard_normal((ROWS, COLUMNS))).astype(np.float32)
-
-
-# --- the runs -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -117,8 +108,6 @@ class Run:
         )
 
     def take(self, x: Chunk) -> None:
-        """Takes the steps of a chunk."""
-
         def steps() -> None:
             with enable_x64(self.x64):
                 self.carry = jax.block_until_ready(self.steps(self.carry, x))
@@ -126,7 +115,6 @@ class Run:
         self.seconds += timed(steps)
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The weights, and their average if there is one."""
         with enable_x64(self.x64):
             return {k: np.asarray(x, np.float64) for k, x in self.read(self.carry).items()}
 
@@ -197,13 +185,10 @@ def float64_run(case: Case) -> Run:
 
 
 def shortest_history(case: Case) -> int:
-    """The least history that the optimizer allows."""
     for history in (1 << n for n in range(20)):
-        try:
+        with contextlib.suppress(ValueError):
             adamjax.exact_rows(case.dense(PEAK), "table", history=history)
-        except ValueError:
-            continue
-        return history
+            return history
     raise AssertionError("no history is enough")
 
 
@@ -237,8 +222,8 @@ def measure(case: Case, steps: int, every: int) -> dict[str, Any]:
 def summary(cases: dict[str, dict[str, Any]]) -> str:
     """A table of the errors at the end.
 
-    Its last column is the largest ratio of an error of `exact_rows` to that of the dense optimizer,
-    with either history and at any of the steps at which they were measured.
+    Its last column is the largest ratio of an error of `exact_rows`, with either history and at any
+    step at which errors were measured, to that of the dense optimizer.
     """
     rows = []
     for name, result in cases.items():

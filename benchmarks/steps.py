@@ -4,6 +4,7 @@ A step is a function `(params, state, ...) -> (params, state, ...)`, to be jitte
 Whole train steps, which read rows and differentiate a loss, are those of `adamjax.train_step`.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,20 +14,14 @@ import jax.numpy as jnp
 import adamjax
 
 RATE, MAX_NORM = 1e-3, 1.0
-# The momentum of the average of the weights.
-MOMENTUM = 0.99
+MOMENTUM = 0.99  # of the average of the weights
 # Adam's numbers in `tf_step`; all other steps have the defaults of their packages.
 B1, B2, EPS = 0.9, 0.999, 1e-7
 
 
 class Step(NamedTuple):
-    """A step, and how its state begins."""
-
     init: Callable[[Any], Any]  # from the parameters to the state before the first step
     step: Callable[..., Any]
-
-
-# --- optimizer steps, given all gradients ---------------------------------------------------------
 
 
 def update_step(tx: Any) -> Step:
@@ -40,7 +35,6 @@ def update_step(tx: Any) -> Step:
 
 
 def keras_step(max_norm: float | None = None) -> Step:
-    """Keras' Adam on JAX."""
     import keras
 
     optimizer = keras.optimizers.Adam(RATE, global_clipnorm=max_norm)
@@ -94,9 +88,6 @@ def chain_step(package: str, chain: str) -> Step:
         return (tx.init(params), params) if averages else tx.init(params)
 
     return Step(init, step)
-
-
-# --- steps on a table -----------------------------------------------------------------------------
 
 
 def table_mode(
@@ -189,14 +180,10 @@ def tf_step() -> Step:
     return Step(init, step)
 
 
-# --- how a step is compiled and run ---------------------------------------------------------------
-
-
 def jitted(step: Callable[..., Any], tx: Any, params: Any, more_results: int = 0) -> Any:
-    """A step, jitted: it donates parameters and state, and keeps their layouts in memory.
+    """A jitted step that donates parameters and state and keeps their layouts in memory.
 
-    The layouts are those of `adamjax.layout.formats`. `more_results` is the number of the step's
-    results besides these two.
+    `more_results` is the number of the step's results besides these two.
     """
     out_shardings = (*adamjax.layout.formats(tx, params), *[None] * more_results)
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
@@ -219,22 +206,19 @@ def count_bytes(tree: Any) -> int:
 
 
 class Runner:
-    """Takes a step in place, on batches in rotation; it is jitted, and donates its arrays.
-
-    With an optimizer it also keeps the layouts of its arrays, as in `jitted`.
-    """
+    """Takes steps in place on batches in rotation; with a `tx`, arrays keep their layouts."""
 
     def __init__(self, step: Step, params: Any, tx: Any = None, more_results: int = 0) -> None:
         if tx is None:
             self.step = jax.jit(step.step, donate_argnums=(0, 1))
         else:
             self.step = jitted(step.step, tx, params, more_results)
-        self.arrays, self.steps_taken = (params, step.init(params)), 0
+        self.arrays = params, step.init(params)
         self.compiled: dict[Any, Any] = {}
 
     def load(self, batches: Sequence[tuple[Any, ...]]) -> int:
         """Takes the batches and compiles for them; returns the bytes of a step's temporaries."""
-        self.batches = batches
+        self.batches = itertools.cycle(batches)
         shapes = tuple(x.shape for x in jax.tree.leaves(batches[0]))
         if shapes not in self.compiled:
             self.compiled[shapes] = self.step.lower(*self.arrays, *batches[0]).compile()
@@ -242,10 +226,7 @@ class Runner:
         return self.current.memory_analysis().temp_size_in_bytes
 
     def __call__(self, steps: int) -> None:
-        """Takes some steps and waits for them."""
-        for _ in range(steps):
-            batch = self.batches[self.steps_taken % len(self.batches)]
+        for batch in itertools.islice(self.batches, steps):
             params, state, *self.results = self.current(*self.arrays, *batch)
             self.arrays = params, state
-            self.steps_taken += 1
         jax.block_until_ready((self.arrays, self.results))

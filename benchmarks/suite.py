@@ -21,9 +21,9 @@ LEAST = {"rounds": 2, "grid_rounds": 2, "sittings": 1}
 class Suite:
     """What a suite is run with, and its results.
 
-    `parser` takes further options of the suite. After `parse`, `args` has the options, `results` is
-    what becomes the JSON file, and `partial` says whether the run is quick or leaves out some
-    cases: its results are written only with `--out`.
+    After `parse`, `args` has the options, `results` is what becomes the JSON file, and `partial`
+    says whether the run is quick or leaves out some cases: such results are written only with
+    `--out`.
     """
 
     name: str  # of the suite and of its JSON file
@@ -38,9 +38,10 @@ class Suite:
     written: Path | None = None  # the file of the results, after `finish`, if there is one
 
     def __post_init__(self) -> None:
-        raw = argparse.RawDescriptionHelpFormatter
         self.parser = argparse.ArgumentParser(
-            prog=f"python -m benchmarks {self.name}", description=self.about, formatter_class=raw
+            prog=f"python -m benchmarks {self.name}",
+            description=self.about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add = self.parser.add_argument
         add("--quick", action="store_true", help="tiny sizes: does it run?")
@@ -52,10 +53,8 @@ class Suite:
             add("--only", default="", help=f"{self.only_chooses} whose name has this text")
         if self.contenders:
             add("--contenders", help=f"some of: {'; '.join(self.contenders)}; split by ;")
-        add("--worker", help=argparse.SUPPRESS)  # for the processes that a suite starts
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The options; a wrong one ends the process with a line that says so."""
         self.args = args = self.parser.parse_args(argv)
         # Not in `finish`: somebody may commit during the run.
         self.commit = measure.commit()
@@ -102,9 +101,9 @@ class Suite:
 
 
 def progress(items: Iterable[Item], unit: str, total: int | None = None) -> Iterable[Item]:
-    """The items, and a bar on stderr that moves on with each, where that is a terminal.
+    """The items, with a progress bar on stderr if that is a terminal.
 
-    `total` is how many there are, if they have no length.
+    `total` is their number, if they have no length.
     """
     from tqdm import tqdm
 
@@ -120,6 +119,5 @@ def say(text: str) -> None:
 
 
 def say_times(case: str, ms: Mapping[str, dict[str, float]]) -> None:
-    """Prints the median times of a case."""
     times = ", ".join(f"{name} {x['median']:.1f}" for name, x in ms.items())
     say(f"{case:40} ms: {times}")

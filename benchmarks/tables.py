@@ -20,8 +20,11 @@ Row = dict[str, Any]
 # --- cells and sentences --------------------------------------------------------------------------
 
 
+def paragraphs(*parts: str) -> str:
+    return "\n\n".join(parts)
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -56,7 +59,6 @@ def two_digits(number: float) -> str:
 
 
 def versions(results: Results) -> str:
-    """The packages' versions."""
     return ", ".join(f"{k} {v}" for k, v in results["environment"].get("versions", {}).items())
 
 
@@ -100,42 +102,36 @@ def bounds_table(bounds: Sequence[Row]) -> list[str]:
 
 
 def dense(results: Results) -> str:
-    """The table of the dense suite."""
     rivals = list(results["times"][0]["ratio"])
     table = []
     for row in results["times"]:
         own = ranged(row["ms"]["adamjax"], 1), ranged(row["fraction"]["adamjax"], 2)
         ratios = (ranged(row["ratio"].get(name), 2) for name in rivals)
         table.append([row["workload"], row["chain"], *own, *ratios])
-    text = (
+    ratio_heads = (f"of {name}'s time" for name in rivals)
+    return paragraphs(
         f"{origin(results)} Median (quartiles). A ratio below 1 means that adamjax is faster. Of "
         "the limit: the time to move the fewest bytes that the step can read and write, at this "
-        "bandwidth, divided by the step's time."
+        "bandwidth, divided by the step's time.",
+        markdown(["workload", "chain", "step, ms", "of the limit", *ratio_heads], table),
     )
-    head = ["workload", "chain", "step, ms", "of the limit", *_ratio_heads(rivals)]
-    return f"{text}\n\n{markdown(head, table)}"
-
-
-def _ratio_heads(rivals: Sequence[str]) -> list[str]:
-    return [f"of {name}'s time" for name in rivals]
 
 
 def compiling(results: Results) -> str:
-    """The table of the compile suite."""
     rivals = list(results["times"][0]["ratio"])
     table = []
     for row in results["times"]:
         ratios = (ranged(row["ratio"][name], 2) for name in rivals)
         table.append([row["what"], row["chain"], ranged(row["s"]["adamjax"], 2), *ratios])
     what = results["workload"].split(",")[0]
-    text = f"{origin(results)} A step on {what}. A training run pays these times once. "
-    text += "Median (quartiles)."
-    return f"{text}\n\n{markdown(['what', 'chain', 's', *_ratio_heads(rivals)], table)}"
+    return paragraphs(
+        f"{origin(results)} A step on {what}. A training run pays these times once. Median "
+        "(quartiles).",
+        markdown(["what", "chain", "s", *(f"of {name}'s time" for name in rivals)], table),
+    )
 
 
 def memory(results: Results) -> str:
-    """The tables of the memory suite."""
-
     def state(row: Row) -> str:
         return f"{row['state_bytes'] / row['parameters']:.4f}"
 
@@ -147,19 +143,16 @@ def memory(results: Results) -> str:
     modes = [[row["mode"], state(row), mega(row["temporary_bytes"], 2)] for row in tables]
     per_parameter = "state, bytes a parameter"
     of_parameters = "temporaries, of the parameters' bytes"
-    return "\n\n".join(
-        [
-            f"{origin(results)} What the compiler reports for a step that donates its arguments.",
-            markdown(["workload", "chain", per_parameter, of_parameters], chains),
-            f"A whole train step with Adam on a table of {short(tables[0]['rows'])} rows of "
-            f"{tables[0]['width']}, {tables[0]['reads']:,} indices:",
-            markdown(["mode", per_parameter, "temporaries, MB"], modes),
-        ]
+    return paragraphs(
+        f"{origin(results)} What the compiler reports for a step that donates its arguments.",
+        markdown(["workload", "chain", per_parameter, of_parameters], chains),
+        f"A whole train step with Adam on a table of {short(tables[0]['rows'])} rows of "
+        f"{tables[0]['width']}, {tables[0]['reads']:,} indices:",
+        markdown(["mode", per_parameter, "temporaries, MB"], modes),
     )
 
 
 def models(results: Results) -> str:
-    """The tables of the models suite."""
     steps = []
     for row in results["steps"]:
         model = f"{row['model']}, {mega(row['parameters'])}M"
@@ -167,11 +160,9 @@ def models(results: Results) -> str:
             if ms := row["ms"].get(name):
                 is_compared = name != "exact" and row["ratio"]
                 ratio = f"{row['ratio'][name]['median']:.2g}" if is_compared else ""
-                share, temporaries = row["tables_ms"].get(name), row["temporary_bytes"][name]
-                times = ranged(ms, 1), ratio, ranged(share, 1)
-                steps.append([model, contender, *times, mega(temporaries)])
+                times = ranged(ms, 1), ratio, ranged(row["tables_ms"].get(name), 1)
+                steps.append([model, contender, *times, mega(row["temporary_bytes"][name])])
     head = ["model, parameters", "contender", "step, ms", "time / exact's", "tables' share, ms"]
-    head += ["temporaries, MB"]
     traces = [
         [row["model"], row["caches"], ranged(row["ms"]["rows"], 0), ranged(row["ratio"], 2)]
         for row in results["traces"]
@@ -179,7 +170,7 @@ def models(results: Results) -> str:
     parts = [
         f"{origin(results, bandwidth=False)} Median (quartiles). The tables' share is the step's "
         "time minus the time of a step with frozen tables.",
-        markdown(head, steps),
+        markdown([*head, "temporaries, MB"], steps),
         "The time to trace a loss with row gradients, compared with `jax.value_and_grad`. Caches "
         "are warm if JAX's own functions were traced before the measurement:",
         markdown(["model", "caches", "ms", "of jax.value_and_grad's time"], traces),
@@ -195,45 +186,41 @@ def models(results: Results) -> str:
             "its program is:",
             markdown(head, programs),
         ]
-    return "\n\n".join(parts + bounds_table(results["bounds"]))
+    return paragraphs(*parts, *bounds_table(results["bounds"]))
 
 
 def differences(results: Results) -> str:
-    """The table of what other packages do otherwise."""
     systems = list(results["rows"][0]["numbers"])
-    table = [
-        [what, *(f"{row['numbers'][system]}" for system in systems), theirs]
-        for row in results["rows"]
-        for what, theirs, _ in [CASES[row["key"]]]
-    ]
+    table = []
+    for row in results["rows"]:
+        what, theirs, _ = CASES[row["key"]]
+        table.append([what, *(f"{row['numbers'][system]}" for system in systems), theirs])
     header = ["case", *systems, "how to get the others' result in adamjax"]
-    return f"{markdown(header, table)}\n\n{versions(results)}."
+    return paragraphs(markdown(header, table), f"{versions(results)}.")
 
 
 # --- the rows suite -------------------------------------------------------------------------------
 
+KINDS = ("Zipf", "uniform")  # how indices are drawn
 # By case: rows and width of the table, how many indices a step reads, and how they are drawn.
 Cases = dict[tuple[int, int, int, str], Row]
 
 
 def _by_case(results: Results) -> Cases:
-    return {(r["rows"], r["width"], r["reads"], r["indices"]): r for r in results["times"]}
-
-
-def _main_case(cases: Cases) -> tuple[int, int, int]:
-    """The rows, width and number of indices of the case that is shown first.
-
-    It is the case that the docs quote, or else the largest of those with the most contenders.
-    """
-    quoted = 1_000_000, 64, 8192
-    return max(cases, key=lambda key: (key[:3] == quoted, len(cases[key]["ms"]), key))[:3]
+    return {(r["rows"], r["width"], r["reads"], r["indices"]): r for r in results.get("times", [])}
 
 
 def main_rows(results: Results) -> list[Row]:
-    """The rows of the main case: one for each kind of indices."""
-    cases = _by_case(results)
-    case = _main_case(cases) if cases else ()
-    return [cases[*case, k] for k in ("Zipf", "uniform") if (*case, k) in cases]
+    """The rows of the main case, one for each kind of indices; none if there are no results.
+
+    The main case is the one that the docs quote, or else the largest of those with the most
+    contenders.
+    """
+    cases, quoted = _by_case(results), (1_000_000, 64, 8192)
+    if not cases:
+        return []
+    main = max(cases, key=lambda key: (key[:3] == quoted, len(cases[key]["ms"]), key))[:3]
+    return [cases[*main, kind] for kind in KINDS if (*main, kind) in cases]
 
 
 def _times_as_long(row: Row, name: str, own: str = "exact") -> str:
@@ -268,45 +255,33 @@ def _contenders_table(cases: Sequence[Row]) -> str:
 
 def rows(results: Results) -> str:
     """The tables of the rows suite: its main cases, their bounds, `exact` in every case."""
-    cases = _by_case(results)
+    cases, main = _by_case(results), main_rows(results)
     bounds = bounds_table(results["bounds"])
-    if not cases:
-        return "\n\n".join(bounds)
-    first = _main_case(cases)
+    if not main:
+        return paragraphs(*bounds)
+    how = f"{origin(results)} Cases that are only in the section's last table were measured in "
+    how += f"one run of {results['grid_rounds']} rounds."
+    if alone := sum(not row["in_turn"] for row in results["times"]):
+        how += f" In {alone} cases the embedding tables of all contenders did not fit in memory "
+        how += "together, so the contenders ran one after another."
+    for row in results["times"]:
+        how += "".join(f" {row['case']}: {x}: {why}." for x, why in row["failed"].items())
+    how += " `exact step` and `lazy step` are whole train steps, which also read the rows and "
+    how += "differentiate a loss. In the row `lazy step`, the ratio is to `exact step`."
+    parts = [how]
+    first = main[0]["rows"], main[0]["width"], main[0]["reads"]
     # The other cases in which whole train steps were measured too.
     others = {key[:3] for key, row in cases.items() if WHOLE_STEPS.keys() & row["ms"]} - {first}
-    kinds = [kind for kind in ("Zipf", "uniform") if (*first, kind) in cases]
-    parts = []
+    kinds = [row["indices"] for row in main]
     for case in (first, *sorted(others)):
         same_size = [cases[*case, kind] for kind in kinds if (*case, kind) in cases]
-        title = f"{short(case[0])} rows of {case[1]} columns, {case[2]:,} indices in a step"
-        if case == first:
-            text = f"{_how_rows_were_measured(results)} `exact step` and `lazy step` are whole "
-            text += "train steps, which also read the rows and differentiate a loss. In the row "
-            text += "`lazy step`, the ratio is to `exact step`."
-            parts += [text, f"{title}; median (quartiles):"]
-        else:
-            parts.append(f"{title}; {same_size[0]['rounds']} rounds in all:")
+        title = f"{short(case[0])} rows of {case[1]} columns, {case[2]:,} indices in a step; "
+        rounds = f"{same_size[0]['rounds']} rounds in all:"
+        parts.append(title + ("median (quartiles):" if case == first else rounds))
         parts.append(_contenders_table(same_size))
     text = "The time of `exact` in ms, with n indices of rows of D elements, for tables of several "
     text += "sizes. In brackets, how many times as long others take: first optax with dense "
     text += "gradients, then torch's SparseAdam."
-    return "\n\n".join([*parts, *bounds, text, _grid_table(cases, kinds)])
-
-
-def _how_rows_were_measured(results: Results) -> str:
-    text = f"{origin(results)} Cases that are only in the section's last table were measured in "
-    text += f"one run of {results['grid_rounds']} rounds."
-    if alone := sum(not row["in_turn"] for row in results["times"]):
-        text += f" In {alone} cases the embedding tables of all contenders did not fit in memory "
-        text += "together, so the contenders ran one after another."
-    for row in results["times"]:
-        text += "".join(f" {row['case']}: {x}: {why}." for x, why in row["failed"].items())
-    return text
-
-
-def _grid_table(cases: Cases, kinds: Sequence[str]) -> str:
-    """`exact` in every case."""
 
     def cell(row: Row | None) -> str:
         if row is None or "exact" not in row["ms"]:
@@ -319,7 +294,8 @@ def _grid_table(cases: Cases, kinds: Sequence[str]) -> str:
         [str(d), f"{n:,}", *(cell(cases.get((size, d, n, kind))) for kind, size in columns)]
         for d, n in sorted({key[1:3] for key in cases})
     ]
-    return markdown(["D", "n", *(f"{kind}, {size:,}" for kind, size in columns)], grid)
+    head = ["D", "n", *(f"{kind}, {size:,}" for kind, size in columns)]
+    return paragraphs(*parts, *bounds, text, markdown(head, grid))
 
 
 # --- compilers ------------------------------------------------------------------------------------
@@ -333,34 +309,8 @@ def figure(report: Row, name: str, digits: int = 0, scale: float = 1.0) -> str:
 
 
 def figure_beside_optax(row: Row, name: str, digits: int) -> str:
-    """A figure of a dense step, and in brackets optax's."""
     own, other = (figure(row["said"][package], name, digits) for package in ("adamjax", "optax"))
     return f"{own} ({other})"
-
-
-def tpu(results: Results) -> str:
-    """The tables of what the TPU's compiler says."""
-    chips = list(dict.fromkeys(row["chip"] for row in results["dense"] + results["rows"]))
-    moved_heads = (f"{chip}: moved" for chip in chips)
-    heads = ["D", "mode", *moved_heads, "arguments", "temporaries", "copies of whole arrays"]
-    return "\n\n".join(
-        [
-            f"**The compiler's estimates, not times**; {versions(results)}, "
-            f"{results['environment']['date']}. For each chip: the bytes per parameter that move "
-            "between the chip and its memory (optax's in brackets), then the estimated cycles as a "
-            "ratio to optax's. Temporaries are counted in the chip's main and fast memory "
-            "together, and given for the chip that needs the most.",
-            markdown(
-                ["workload", "chain", *chips, "temporaries, bytes a parameter"],
-                _tpu_dense_steps(results["dense"]),
-            ),
-            "A train step that reads 8,192 rows of a row-major table of 1M rows and D columns, "
-            "unless the mode names other numbers; in MB. Bytes include the padding of rows. "
-            "Arguments and temporaries are given for the chip that needs the most.",
-            markdown(heads, _tpu_row_steps(results["rows"])),
-            *_why_not_counted(results),
-        ]
-    )
 
 
 def _why_not_counted(results: Results) -> list[str]:
@@ -374,48 +324,56 @@ def _why_not_counted(results: Results) -> list[str]:
     ]
 
 
-def _tpu_dense_steps(results: Iterable[Row]) -> Iterable[list[str]]:
-    """A line for each workload and chain, with a cell for each chip."""
-    packages = ("adamjax", "optax")
-    by_case: dict[tuple[str, str], list[Row]] = {}
-    for row in results:
-        by_case.setdefault((row["workload"], row["chain"]), []).append(row)
-    for case, rows_of_chips in by_case.items():
-        cells = []
-        for row in rows_of_chips:
-            own, other = (row["said"][package].get("cycles", math.nan) for package in packages)
-            cells.append(f"{figure_beside_optax(row, 'bytes', 2)}, {own / other:.3f}")
-        own, other = (
-            _largest((row["said"][package] for row in rows_of_chips), "temporary_bytes")
-            for package in packages
-        )
-        yield [*case, *cells, f"{own:.2f} ({other:.2f})"]
+def tpu(results: Results) -> str:
+    """The tables of what the TPU's compiler says, with a cell for each chip."""
 
+    def largest(reports: Iterable[Row], name: str) -> float:
+        return max(report.get(name, math.nan) for report in reports)
 
-def _tpu_row_steps(results: Iterable[Row]) -> Iterable[list[str]]:
-    """A line for each width and mode, with a cell for each chip."""
-
-    def copies(report: Row) -> int:
-        kinds = ("copy", "copy-start", "transpose")
-        return sum(report.get("makers", {}).get(kind, 0) for kind in kinds)
-
-    by_case: dict[tuple[str, str], list[Row]] = {}
-    for row in results:
+    # The rows of all chips by workload and chain, and the reports of all chips by width and mode.
+    dense_cases: dict[tuple[str, str], list[Row]] = {}
+    for row in results["dense"]:
+        dense_cases.setdefault((row["workload"], row["chain"]), []).append(row)
+    row_cases: dict[tuple[str, str], list[Row]] = {}
+    for row in results["rows"]:
         for mode, report in row["said"].items():
-            by_case.setdefault((str(row["width"]), mode), []).append(report)
-    for case, reports in by_case.items():
+            row_cases.setdefault((str(row["width"]), mode), []).append(report)
+
+    dense_table, row_table = [], []
+    for case, of_chips in dense_cases.items():
+        cells = []
+        by_package = {x: [row["said"][x] for row in of_chips] for x in ("adamjax", "optax")}
+        for row, ours, theirs in zip(of_chips, *by_package.values(), strict=True):
+            ratio = ours.get("cycles", math.nan) / theirs.get("cycles", math.nan)
+            cells.append(f"{figure_beside_optax(row, 'bytes', 2)}, {ratio:.3f}")
+        own, other = (largest(reports, "temporary_bytes") for reports in by_package.values())
+        dense_table.append([*case, *cells, f"{own:.2f} ({other:.2f})"])
+    for case, reports in row_cases.items():
         moved = (figure(report, "bytes", 0, 1e6) for report in reports)
-        sizes = mega(_largest(reports, "arguments"), 0), mega(_largest(reports, "temporary"))
-        yield [*case, *moved, *sizes, str(max(map(copies, reports)))]
+        sizes = mega(largest(reports, "arguments"), 0), mega(largest(reports, "temporary"))
+        makers = [report.get("makers", {}) for report in reports]
+        copies = max(sum(x.get(k, 0) for k in ("copy", "copy-start", "transpose")) for x in makers)
+        row_table.append([*case, *moved, *sizes, str(copies)])
 
-
-def _largest(reports: Iterable[Row], name: str) -> float:
-    """The largest of a figure in the reports for several chips."""
-    return max(report.get(name, math.nan) for report in reports)
+    chips = list(dict.fromkeys(row["chip"] for row in results["dense"] + results["rows"]))
+    moved_heads = (f"{chip}: moved" for chip in chips)
+    heads = ["D", "mode", *moved_heads, "arguments", "temporaries", "copies of whole arrays"]
+    return paragraphs(
+        f"**The compiler's estimates, not times**; {versions(results)}, "
+        f"{results['environment']['date']}. For each chip: the bytes per parameter that move "
+        "between the chip and its memory (optax's in brackets), then the estimated cycles as a "
+        "ratio to optax's. Temporaries are counted in the chip's main and fast memory "
+        "together, and given for the chip that needs the most.",
+        markdown(["workload", "chain", *chips, "temporaries, bytes a parameter"], dense_table),
+        "A train step that reads 8,192 rows of a row-major table of 1M rows and D columns, "
+        "unless the mode names other numbers; in MB. Bytes include the padding of rows. "
+        "Arguments and temporaries are given for the chip that needs the most.",
+        markdown(heads, row_table),
+        *_why_not_counted(results),
+    )
 
 
 def gpu(results: Results) -> str:
-    """The tables of what the GPU's compiler says."""
     digits = {"kernels": 0, "bytes": 2, "temporary_bytes": 2}
     dense_table = []
     for row in results["dense"]:
@@ -427,22 +385,21 @@ def gpu(results: Results) -> str:
             counts = (figure(report, name) for name in ("kernels", "round_trips"))
             sizes = figure(report, "bytes", 0, 1e6), figure(report, "temporary_bytes", 1, 1e6)
             row_table.append([f"{short(row['rows'])} x {row['width']}", kind, *counts, *sizes])
+    dense_heads = ["workload", "chain", "kernels", "bytes", "temporaries, bytes per parameter"]
     heads = ["table", "mode", "kernels", "waits for the host", "moved", "temporaries"]
-    return "\n\n".join(
-        [
-            f"**What the compiler reports for an {results['device']}, not times**; "
-            f"{versions(results)}, {results['environment']['date']}. optax's figures are in "
-            "brackets. Bytes, per parameter, are those that move between the GPU and its memory.",
-            markdown(
-                ["workload", "chain", "kernels", "bytes", "temporaries, bytes per parameter"],
-                dense_table,
-            ),
-            "A train step that reads 8,192 rows of a table, unless the mode names another number. "
-            "Bytes are in MB:",
-            markdown(heads, row_table),
-            *_why_not_counted(results),
-        ]
+    return paragraphs(
+        f"**What the compiler reports for an {results['device']}, not times**; "
+        f"{versions(results)}, {results['environment']['date']}. optax's figures are in "
+        "brackets. Bytes, per parameter, are those that move between the GPU and its memory.",
+        markdown(dense_heads, dense_table),
+        "A train step that reads 8,192 rows of a table, unless the mode names another number. "
+        "Bytes are in MB:",
+        markdown(heads, row_table),
+        *_why_not_counted(results),
     )
+
+
+# --- suites that train ----------------------------------------------------------------------------
 
 
 def quality(results: Results) -> str:
@@ -459,75 +416,39 @@ def quality(results: Results) -> str:
 
 
 def float64(results: Results) -> str:
-    """Whether exact and dense have the same metrics in float64."""
     names = list(results["metrics"][0]["contenders"])
-    table = [
-        [row["model"], row["metric"], *(_share_and_largest(row["contenders"][n]) for n in names)]
-        for row in results["metrics"]
-    ]
-    weights = []
+    metrics, weights = [], []
+    for row in results["metrics"]:
+        cells = []
+        for compared in (row["contenders"][name] for name in names):
+            share = f"{compared['same']:.1%}" if compared["same"] < 1 else "all"
+            cells.append(f"{share}, {compared['largest']:.1g}")
+        metrics.append([row["model"], row["metric"], *cells])
     for row in results["weights"]:
-        by_seed = (row["contenders"][n] for n in names)
-        cells = (f"{statistics.median(x):.1g}, {max(x):.1g}" for x in by_seed)
+        by_seed = [row["contenders"][name] for name in names]
+        cells = [f"{statistics.median(x):.1g}, {max(x):.1g}" for x in by_seed]
         weights.append([row["model"], *cells])
-    return "\n\n".join(
-        [
-            f"{origin(results)} Each cell gives two numbers over all epochs of "
-            f"{len(results['seeds'])} seeds: how often the metric is the same as with optax's "
-            "dense Adam, and the largest relative difference. Losses count as equal if they "
-            f"differ by at most {results['rounding']:g}; all other metrics must be exactly equal.",
-            markdown(["model", "metric", *names], table),
-            "The largest difference of any weight from the same weight under optax's dense Adam, "
-            "after the last epoch: the median over the seeds, and the maximum.",
-            markdown(["model", *names], weights),
-        ]
+    return paragraphs(
+        f"{origin(results)} Each cell gives two numbers over all epochs of "
+        f"{len(results['seeds'])} seeds: how often the metric is the same as with optax's "
+        "dense Adam, and the largest relative difference. Losses count as equal if they "
+        f"differ by at most {results['rounding']:g}; all other metrics must be exactly equal.",
+        markdown(["model", "metric", *names], metrics),
+        "The largest difference of any weight from the same weight under optax's dense Adam, "
+        "after the last epoch: the median over the seeds, and the maximum.",
+        markdown(["model", *names], weights),
     )
-
-
-def _share_and_largest(compared: Row) -> str:
-    share = f"{compared['same']:.1%}" if compared["same"] < 1 else "all"
-    return f"{share}, {compared['largest']:.1g}"
 
 
 def narrow(results: Results) -> str:
     """What moments and weights in few bits do to the updates and to the loss of training."""
+    moments, training = [], []
+    for form in dict.fromkeys(case["format"] for case in results["moments"]):
+        cases = [case for case in results["moments"] if case["format"] == form]
+        m, v = (f"{statistics.fmean(case['biased'][x] for case in cases):.2%}" for x in ("m", "v"))
+        updates = [case["update"] for case in cases]
+        moments.append([form, m, v, f"{min(updates):.1%} to {max(updates):.1%}"])
     tasks = results["tasks"]
-    learned = ", ".join(
-        f"the loss of the {name} falls by {task['learned']:.3f} from {task['before']:.3f} "
-        f"(standard deviation {task['spread']:.4f})"
-        for name, task in tasks.items()
-    )
-    return "\n\n".join(
-        [
-            origin(results),
-            f"**Moments** are compared with float64 at every tenth step of {results['steps']:,}, "
-            "for gradients of several kinds from 1e-9 to 1e4. At each of these steps, the error is "
-            "averaged over all elements. Columns m and v test for a bias. They give the share of "
-            "these steps in which this mean error is more than three standard errors away from 0. "
-            "Without a bias, about 0.3% is expected. The steps and cases are not independent, "
-            "because v averages over about 1,000 steps, and all cases round with the same random "
-            "bits. So a share may be higher or lower by chance. Column update: the mean absolute "
-            "error of an update, relative to its size.",
-            markdown(["moments", "m", "v", "update"], _moment_errors(results["moments"])),
-            f"**Training**, {results['trained']} steps: the held-out loss minus the loss with "
-            f"float32, the mean over {results['seeds']} seeds. In brackets: this difference as a "
-            "share of how much the loss falls under float32. A difference is bold if it is above "
-            f"{results['margin']:.0%} of that fall and above the standard deviation over the "
-            f"seeds. In float32, {learned}.",
-            markdown(["format", *tasks], _loss_differences(tasks)),
-        ]
-    )
-
-
-def _moment_errors(cases: Sequence[Row]) -> Iterable[list[str]]:
-    for form in dict.fromkeys(case["format"] for case in cases):
-        own = [case for case in cases if case["format"] == form]
-        biased = [statistics.fmean(case["biased"][name] for case in own) for name in ("m", "v")]
-        updates = [case["update"] for case in own]
-        yield [form, *map("{:.2%}".format, biased), f"{min(updates):.1%} to {max(updates):.1%}"]
-
-
-def _loss_differences(tasks: dict[str, Row]) -> Iterable[list[str]]:
     formats = dict.fromkeys(name for task in tasks.values() for name in task["formats"])
     for name in [name for name in formats if name != "float32"]:
         cells = []
@@ -536,7 +457,30 @@ def _loss_differences(tasks: dict[str, Row]) -> Iterable[list[str]]:
             share = one["difference"] / task["learned"]
             cell = f"{one['difference']:+.4f} ({share:+.1%})"
             cells.append(cell if one["same"] else f"**{cell}**")
-        yield [name, *cells]
+        training.append([name, *cells])
+    learned = ", ".join(
+        f"the loss of the {name} falls by {task['learned']:.3f} from {task['before']:.3f} "
+        f"(standard deviation {task['spread']:.4f})"
+        for name, task in tasks.items()
+    )
+    return paragraphs(
+        origin(results),
+        f"**Moments** are compared with float64 at every tenth step of {results['steps']:,}, "
+        "for gradients of several kinds from 1e-9 to 1e4. At each of these steps, the error is "
+        "averaged over all elements. Columns m and v test for a bias. They give the share of "
+        "these steps in which this mean error is more than three standard errors away from 0. "
+        "Without a bias, about 0.3% is expected. The steps and cases are not independent, "
+        "because v averages over about 1,000 steps, and all cases round with the same random "
+        "bits. So a share may be higher or lower by chance. Column update: the mean absolute "
+        "error of an update, relative to its size.",
+        markdown(["moments", "m", "v", "update"], moments),
+        f"**Training**, {results['trained']} steps: the held-out loss minus the loss with "
+        f"float32, the mean over {results['seeds']} seeds. In brackets: this difference as a "
+        "share of how much the loss falls under float32. A difference is bold if it is above "
+        f"{results['margin']:.0%} of that fall and above the standard deviation over the "
+        f"seeds. In float32, {learned}.",
+        markdown(["format", *tasks], training),
+    )
 
 
 SUITES = {

@@ -13,6 +13,8 @@ rows. If it joins rows of several tables, its bytes are not counted, because it 
 much it takes from each.
 """
 
+import functools
+
 from jax.experimental import topologies
 
 from benchmarks import compilers
@@ -84,6 +86,8 @@ COMPILER = Compiler(
     groups=groups,
     results={"kind": "the compiler's estimates, never times"},
 )
+
+Contender = functools.partial(compilers.Contender, COMPILER)
 
 
 def main(argv: list[str]) -> int:

@@ -1,10 +1,9 @@
 """Worker processes that take samples on request, one after another."""
 
 import contextlib
-import json
+import importlib
+import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -17,34 +16,53 @@ class Ended(RuntimeError):
 
 
 class Worker:
-    """A process `python -m benchmarks SUITE --worker NAME`; it answers a JSON line with another."""
+    """A process that answers questions with the `Contender` of a suite's module."""
 
-    def __init__(self, suite: str, name: str, **environment: str) -> None:
+    def __init__(self, suite: str, **environment: str) -> None:
         own = {"KERAS_BACKEND": "jax", "OMP_WAIT_POLICY": "PASSIVE", **environment}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks", suite, "--worker", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **own},
-        )
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, suite, own), daemon=True)
+        self.process.start()
+        theirs.close()
 
-    def ask(self, question: Any) -> Any:
-        """The answer to a question."""
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer
-            self.process.stdin.write(json.dumps(question) + "\n")
-            self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise Ended(f"a worker ended with status {self.process.wait()}")
-        return json.loads(line)
+    def ask(self, question: Sequence[Any]) -> Any:
+        """The answer to a question; see `contender_answers`."""
+        try:
+            self.connection.send(question)
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            raise Ended(f"a worker ended with status {self.process.exitcode}") from None
 
     def close(self) -> None:
-        """Ends the process."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+        self.connection.close()
+        self.process.join()
+
+
+def _serve(connection: Any, suite: str, environment: dict[str, str]) -> None:
+    """What a worker does: answers questions until there are no more."""
+    os.environ.update(environment)  # before the suite imports libraries, which read it
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        answer = contender_answers(importlib.import_module(f"benchmarks.{suite}").Contender)
+        while True:
+            connection.send(answer(connection.recv()))
+
+
+def contender_answers(make: Callable[[str], Any]) -> Callable[[Sequence[Any]], Any]:
+    """A function that answers questions with contenders, each made when it is first asked.
+
+    A question is a name, the contender of this name, a method of the contender, and its arguments.
+    """
+    contenders: dict[str, Any] = {}
+
+    def answer(question: Sequence[Any]) -> Any:
+        name, contender, method, *arguments = question
+        if name not in contenders:
+            contenders[name] = make(contender)
+        return getattr(contenders[name], method)(*arguments)
+
+    return answer
 
 
 class WorkerPool:
@@ -72,9 +90,9 @@ class WorkerPool:
             return {}
         process = self.processes[name]
         if process not in self.workers:
-            self.workers[process] = Worker(self.suite, process, **self.device.variables)
+            self.workers[process] = Worker(self.suite, **self.device.variables)
         try:
-            return {name: self.workers[process].ask([name, self.contenders[name], *question])}
+            return {name: self.workers[process].ask((name, self.contenders[name], *question))}
         except Ended as error:
             say(f"{name}: {error}")
             ended = [other for other in self.names if self.processes[other] == process]
@@ -83,7 +101,7 @@ class WorkerPool:
             return {}
 
     def in_turn(self, names: Sequence[str], first: int) -> dict[str, float]:
-        """A sample of each, one after another, beginning with the one of a number."""
+        """A sample of each, one after another; `first` (modulo their number) takes the first."""
         first %= len(names)
         samples = {}
         for name in (*names[first:], *names[:first]):
@@ -93,7 +111,7 @@ class WorkerPool:
     def measure(
         self, names: Sequence[str], case: Sequence[Any], rounds: int
     ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-        """What each contender says as it prepares a case, and the samples of some rounds."""
+        """What each contender's `prepare` returns, and the samples of some rounds."""
         answers: dict[str, Any] = {}
         for name in names:  # one by one: their temporaries may be as large as their arrays
             answers |= self.ask(name, "prepare", *case)
@@ -105,29 +123,3 @@ class WorkerPool:
     def __exit__(self, *exception: object) -> None:
         for worker in self.workers.values():
             worker.close()
-
-
-def serve(answer: Callable[[Any], Any]) -> int:
-    """What a worker does: answers questions until there are no more; returns the exit code."""
-    # What libraries print must not come between the answers.
-    with contextlib.redirect_stdout(sys.stderr):
-        for line in sys.stdin:
-            print(json.dumps(answer(json.loads(line))), file=sys.__stdout__, flush=True)
-    return 0
-
-
-def contender_answers(make: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """A function that answers the questions of a pool, for `serve`.
-
-    A question is a name, the contender of this name, a method of the contender, and its arguments.
-    `make` makes the contender when its name is first asked.
-    """
-    contenders: dict[str, Any] = {}
-
-    def answer(question: Any) -> Any:
-        name, contender, method, *arguments = question
-        if name not in contenders:
-            contenders[name] = make(contender)
-        return getattr(contenders[name], method)(*arguments)
-
-    return answer

@@ -141,7 +141,7 @@ def test_a_small_and_a_large_table_take_turns(monkeypatch):
         def ask(self, question):
             questions.append(question)
             if question[2] == "prepare":
-                self.rows = question[3]
+                self.rows = question[3].rows
             answer = super().ask(question)
             return 2 * answer if question[2] == "sample" and self.rows > 1e6 else answer
 
@@ -154,7 +154,7 @@ def test_a_small_and_a_large_table_take_turns(monkeypatch):
     assert {size: ms["median"] for size, ms in growth[0]["ms"].items()} == {"100k": 1, "4M": 2}
     assert growth[0]["ratio"]["median"] == 2
     # Two kinds of indices in each sitting, and a sample of both tables in each round.
-    prepared = [question[3] for question in questions if question[2] == "prepare"]
+    prepared = [question[3].rows for question in questions if question[2] == "prepare"]
     assert prepared == [100_000, 4_000_000] * 2 * sittings
     samples = sum(question[2] == "sample" for question in questions)
     assert samples == 2 * 2 * sittings * rounds

@@ -90,7 +90,7 @@ def test_tables_and_numbers_are_the_committed_results():
 
 def test_every_measured_number_is_used():
     used = {found[2] for text in TEXTS.values() for found in readme.NUMBER_MARK.finditer(text)}
-    assert used == set(readme.NUMBERS)
+    assert used == set(readme.numbers())
 
 
 def test_marks_of_numbers_are_pairs_within_lines():
@@ -104,10 +104,10 @@ def test_results_need_one_place():
     page = next(page for page, text in TEXTS.items() if "<!-- end dense cpu -->" in text)
     without = TEXTS | {page: TEXTS[page].replace("<!-- end dense cpu -->", "")}
     with pytest.raises(ValueError, match=r"cpu/dense\.json needs one place .* found 0"):
-        readme.with_tables(without)
+        readme.render(without)
     twice = TEXTS | {readme.README: "<!-- dense cpu -->\n<!-- end dense cpu -->\n"}
     with pytest.raises(ValueError, match="found 2"):
-        readme.with_tables(twice)
+        readme.render(twice)
 
 
 def test_the_front_page_is_short():
