@@ -34,12 +34,47 @@ _RTOL, _RTOL64 = 3e-4, 1e-5
 _NARROW_RTOL, _NARROW_OPTAX_RTOL, _BESIDE_NARROW_RTOL = 0.03, 0.1, 0.01
 # The largest error from the rounding of b2 that is allowed in addition.
 _MOST_OF_B2 = 2e-3
-# The difference that is allowed in addition, relative to the leaf's largest update in any step. A
+# The difference that is allowed in addition, relative to the leaf's largest update so far. A
 # schedule has such rounding errors near its end.
 _ROUNDING = 1e-6
+# Largest updates are stored by the sizes of gradients, from 4**-31 to 4**31.
+_MOST_EXPONENT = 31
 # If the first of some steps moves a leaf by less than this, relative to the largest update of these
 # steps, its rate is far below those of the next steps, as at the start of a warm-up.
 _SEEN = 0.03
+
+
+class _LargestUpdates:
+    """The largest updates so far, by leaf and by the size of the gradients.
+
+    Without a rule, an update is as large as its gradient. There the rounding errors of a rate are
+    too, so a step with large gradients allows only small errors in one with small gradients.
+    """
+
+    def __init__(self, has_rule: np.ndarray) -> None:
+        self._has_rule = has_rule
+        exponents = np.arange(-_MOST_EXPONENT, _MOST_EXPONENT + 1)
+        self._sizes = 4.0 ** exponents[:, None]
+        self._updates = np.zeros((len(exponents), len(has_rule)))
+
+    def add(self, grad_sizes: np.ndarray, updates: np.ndarray) -> None:
+        """Adds the largest updates of a step. Updates that are not finite do not count."""
+        # A rate may be infinite at a count that the run never had.
+        updates = np.where(np.isfinite(updates), updates, 0)
+        sizes = np.where(self._has_rule, 1.0, grad_sizes)
+        exponents = np.floor(np.log2(np.clip(sizes, self._sizes[0], self._sizes[-1])) / 2)
+        at = exponents.astype(int) + _MOST_EXPONENT, np.arange(len(updates))
+        self._updates[at] = np.maximum(self._updates[at], updates)
+
+    def at(self, grad_sizes: np.ndarray) -> np.ndarray:
+        """The largest updates, reduced in proportion if their gradients were larger than these."""
+        sizes = np.where(self._has_rule, 1.0, grad_sizes)
+        return np.max(self._updates * np.minimum(sizes / self._sizes, 1.0), axis=0)
+
+    @property
+    def moved(self) -> np.ndarray:
+        """By leaf, whether some update was not 0."""
+        return np.any(self._updates > 0, axis=0)
 
 
 class Closeness:
@@ -56,9 +91,10 @@ class Closeness:
       are_joint: whether updates of some leaves may depend on other leaves.
       rtol: by leaf, how much its updates may differ, relatively.
       rtol_at_first: the same in the first step from a state, before moments are rounded.
-      largest: optax' largest updates so far, by leaf. The keys are the size of the weights, and
-        whether all gradients are 0.
-      largest_here: the same, but only since the last `start_anew`, so with the present rates.
+      largest: optax' largest updates so far. The keys are the size of the weights, and whether all
+        gradients are 0.
+      largest_here: by the same keys, the largest updates by leaf since the last `start_anew`, so
+        with the present rates.
       is_compared: whether some steps have been compared.
       is_seen: by leaf, whether optax has moved it in a first step from some states, with a rate
         that is large enough to show differences. Some differences show in a first step alone.
@@ -99,7 +135,8 @@ class Closeness:
         self.has_narrow_leaves = bool(
             np.any(has_narrow_slots) or any(are_narrow) or self.has_rounded_hyperparams
         )
-        self.largest, self.largest_here = self._no_updates(), self._no_updates()
+        self.largest = {key: _LargestUpdates(self.has_rule) for key in self._no_updates()}
+        self.largest_here = self._no_updates()
         self.is_seen = np.zeros(len(paths), bool)
         self.is_compared = False
 
@@ -157,13 +194,21 @@ class Closeness:
         yield
         self.largest_here = largest_here
 
-    def add_past(self, weight_size: float | None, zero_grads: bool, largest: np.ndarray) -> None:
+    def add_past(self, weight_size: float | None, zero_grads: bool, found: Differences) -> None:
         """Adds the largest updates of a step that is not compared, with weights of this size."""
-        # A rate may be infinite at a count that the run never had.
-        largest = np.where(np.isfinite(largest), largest, 0)
-        self.largest[weight_size, zero_grads] = np.maximum(
-            self.largest[weight_size, zero_grads], largest
-        )
+        self._add(weight_size, zero_grads, found)
+
+    def _add(self, weight_size: float | None, zero_grads: bool, found: Differences) -> np.ndarray:
+        """Adds the largest updates of a step; returns the largest so far for such gradients."""
+        sizes = np.ones_like(found.grad_sizes) if zero_grads else found.grad_sizes
+        largest = self.largest[weight_size, zero_grads]
+        largest.add(sizes, found.largest_update)
+        return largest.at(sizes)
+
+    @property
+    def _moved(self) -> np.ndarray:
+        """By leaf, whether a step has moved it."""
+        return np.any([x.moved for x in self.largest.values()], axis=0)
 
     # --- what is refused --------------------------------------------------------------------------
 
@@ -206,7 +251,6 @@ class Closeness:
         here = [self.largest_here[key], *(found.largest_update for _, found in compared)]
         self.largest_here[key] = largest_here = np.max(here, axis=0)
         for number, found in compared:
-            self.largest[key] = np.maximum(self.largest[key], found.largest_update)
             # If the terms of an update nearly cancel, its error is that of the terms: a momentum of
             # gradients of both signs, or a momentum and a weight decay. So each difference is
             # compared with the largest update of several steps.
@@ -214,7 +258,7 @@ class Closeness:
             if self.are_joint:
                 is_first = np.full_like(is_first, np.all(is_first))
             rtol = np.where(is_first, self.rtol_at_first, self.rtol)
-            rounding = _ROUNDING * self.largest[key]
+            rounding = _ROUNDING * self._add(weight_size, zero_grads, found)
             if not zero_grads:
                 least = np.where(self.has_rule, _SEEN * largest_here, 0)
                 is_first_here = (number == 0) | ~self.has_rule
@@ -241,7 +285,7 @@ class Closeness:
         and the others 0. If the leaf moves, its weights become NaN in optax too, so no later step
         is compared. In a frozen leaf the NaN is discarded. Other steps compare the two clips.
         """
-        moves = self.has_rule | np.any([x > 0 for x in self.largest.values()], axis=0)
+        moves = self.has_rule | self._moved
         if not math.isinf(value) or moves[nonfinite_leaf]:
             return False
         parts = [part for part in self.parts if isinstance(part.tx, clip_by_global_norm)]
@@ -258,7 +302,8 @@ class Closeness:
           weight_size: the size of the weights.
           difference, largest: by leaf, as in `Differences`.
         """
-        largest_so_far = np.maximum(self.largest[weight_size, False], largest)
+        so_far = self.largest[weight_size, False].at(self.steps.usual_sizes)
+        largest_so_far = np.maximum(so_far, largest)
         is_close = difference <= self.rtol * largest + _ROUNDING * largest_so_far
         if not np.all(np.isfinite(largest)) or np.all(is_close):
             return
@@ -272,7 +317,7 @@ class Closeness:
 
     def expect_movement(self) -> None:
         """Refuses a leaf with a rule that no step has moved."""
-        unmoved = self.has_rule & ~np.any([x > 0 for x in self.largest.values()], axis=0)
+        unmoved = self.has_rule & ~self._moved
         if np.any(unmoved):
             path = self.steps.paths[int(np.argmax(unmoved))]
             raise ValueError(

@@ -81,6 +81,7 @@ class Differences(NamedTuple):
       largest_update: by leaf, the size of optax' largest update.
       is_finite: whether all updates of optax are finite.
       is_first: by leaf, whether the call is part of the first step from the states.
+      grad_sizes: by leaf, the largest size of its gradients since the first step from the states.
       updates: pairs (update, optax' update) of leaves.
     """
 
@@ -88,6 +89,7 @@ class Differences(NamedTuple):
     largest_update: np.ndarray
     is_finite: bool
     is_first: np.ndarray
+    grad_sizes: np.ndarray
     updates: list[tuple[np.ndarray, np.ndarray]]
 
     def farthest(self, leaf: int) -> tuple[complex, complex]:
@@ -196,7 +198,7 @@ class PairedSteps:
         else:
             weights = self.pool[0].usual
             weight_sizes = self._clipped(np.full(len(self.leaves), weight_size))
-        num_calls = 0
+        num_calls, largest_sizes = 0, np.zeros(len(self.leaves))
         for number, step in enumerate(steps):
             # Before the first step, the unfinished step is finished. Otherwise the gradients of
             # each step would be added to those of the next one, and hide them where they are small.
@@ -207,10 +209,9 @@ class PairedSteps:
                     sizes[step.nonfinite_leaf] = step.nonfinite_value
                 both_sizes = self._clipped(sizes), weight_sizes
                 states, updates = self._next(states, (grads, weights), both_sizes)
-                yield (
-                    number,
-                    _differences(updates, self.wide_dtypes, num_calls < self.calls_to_first),
-                )
+                is_first = num_calls < self.calls_to_first
+                largest_sizes = np.fmax(largest_sizes, np.abs(both_sizes[0]))
+                yield number, _differences(updates, self.wide_dtypes, is_first, largest_sizes)
                 num_calls += 1
 
     def _micro_batches(self, step: Step, left: int) -> Iterator[tuple[float, list[Any]]]:
@@ -353,7 +354,10 @@ def _like(p: Any, x: np.ndarray, dtype: Any) -> jax.Array:
 
 
 def _differences(
-    updates: Sequence[tuple[Any, Any]], wide_dtypes: Sequence[Any], is_first: np.ndarray
+    updates: Sequence[tuple[Any, Any]],
+    wide_dtypes: Sequence[Any],
+    is_first: np.ndarray,
+    grad_sizes: np.ndarray,
 ) -> Differences:
     """Compares pairs of updates.
 
@@ -377,6 +381,7 @@ def _differences(
         np.maximum.reduceat(np.abs(b), starts),
         bool(np.all(np.isfinite(b))),
         is_first,
+        grad_sizes,
         pairs,
     )
 

@@ -56,6 +56,8 @@ _FIRST_SIZES = (*_SIZES, (1e6, 1e5), (1e8, 1e7), *_SMALL_SIZES)
 _LATER_SIZES = (1.0, 1e3, 1e-3, 1.0)
 # The sizes for steps with `varies_like_moments`, relative like _SIZES.
 _VARIED_SIZES = (1.0, 0.3)
+# Absolute sizes of the gradients of leaves without a rule at earlier counts, besides 1.
+_PAST_SIZES = (1e-8, 1e8)
 # Absolute sizes, at which most clips show.
 _CLIPPED_SIZES = (1.0, 1e4)
 # Gradients that are not finite, each with a size of weights. The last has large weights, because
@@ -191,17 +193,20 @@ class _Comparison:
     def _measure_past_steps(self) -> None:
         """Measures optax' largest updates at earlier counts, when rates may have been larger."""
         now = max([0, *(count.value for count in self.source.counts)])
-        step = Step(np.ones(len(self.steps.leaves)))
+        ones = np.ones(len(self.steps.leaves))
+        # Without gradients only decays move weights, and after another step a momentum too.
+        sequences = [[self._zero_step()], [Step(ones), self._zero_step()]]
+        if not np.all(self.closeness.has_rule):
+            # There updates depend on the sizes of gradients.
+            sequences += [[Step(size * ones)] for size in _PAST_SIZES]
         for steps in sorted({now * i // 16 for i in (0, 1, 2, 4, 8, 12)}):
             states = self._advance(self.fresh, self.fresh, jnp.int32(steps))
-            # Without gradients only decays move weights, and after another step a momentum too.
-            sequences = [self._zero_step()], [step, self._zero_step()]
             for weight_size, steps_taken in itertools.product(
                 (*WEIGHT_SIZES, ZERO_WEIGHTS, OWN_WEIGHTS), sequences
             ):
                 for number, found in self.steps.take(states, weight_size, steps_taken):
-                    zero_grads = number == len(steps_taken) - 1
-                    self.closeness.add_past(weight_size, zero_grads, found.largest_update)
+                    zero_grads = not np.any(steps_taken[number].sizes)
+                    self.closeness.add_past(weight_size, zero_grads, found)
 
     def _compare_at_all_counts(self, start: str, set_kinds: frozenset[str]) -> None:
         """Compares many steps from the present states, and a few at each of many later counts.
