@@ -388,7 +388,7 @@ def errors(config, result, expected):
 
 
 def mean_errors(config, seeds):
-    """The errors of `exact_rows` and of the dense chain, by the keys of `errors`, mean over seeds."""
+    """By the keys of `errors`: mean errors over seeds, of `exact_rows` and of the dense chain."""
     found = {}
     for seed in range(seeds):
         data = random_data(config, seed)
