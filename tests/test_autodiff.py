@@ -225,7 +225,7 @@ def dense_by_numpy(g):
 
 
 def check(case, actual, expected, tables=None):
-    """Compares value and gradients with JAX's, and checks each table's gradient by the case.
+    """Compares value and gradients with JAX's, and expects row gradients for the case's `Rows`.
 
     Args:
       actual: value and gradients of adamjax.
@@ -2104,7 +2104,7 @@ def descent_step(vg):
     return step
 
 
-def test_a_step_can_reuse_donated_parameters():
+def test_a_jitted_step_reuses_donated_parameters():
     """JAX warns if it cannot reuse a donated buffer, and a warning is an error in the tests."""
     step = jax.jit(descent_step(adamjax.value_and_grad(simple_loss, "table")), donate_argnums=0)
     p = jax.tree.map(jnp.array, params())

@@ -333,7 +333,7 @@ def trained(config, data, exact):
 
 
 def reference_run(config, data):
-    """The same results as of `program`, for the tables alone, by the float64 reference."""
+    """The results of `program`, for the tables alone, by the float64 reference."""
     _, rule = RULES[config.rule]
     grads = data.gradients()
     clip = CLIPS[config.clip][1]
@@ -458,8 +458,8 @@ def covering():
     def gain(settings):
         return len(pairs(settings) & missing) if is_sensible(settings) else -1
 
-    # Each of 20 missing pairs becomes a config, factor by factor: with the setting that adds the
-    # most missing pairs. The config with the most missing pairs is added.
+    # Completes each of 20 missing pairs to a config, factor by factor, with the setting that adds the
+    # most missing pairs. Of these configs, adds the one with the most missing pairs.
     while missing:
         best = {}
         for pair in sorted(missing, key=repr)[:20]:
@@ -1658,7 +1658,7 @@ def test_a_table_that_is_not_read_moves_as_under_the_dense_optimizer(shape, batc
 @pytest.mark.parametrize("clip", [clip_by_global_norm(1.0), adamjax.clip_by_norm(1.0)], ids=repr)
 @pytest.mark.slow
 def test_a_norm_that_is_not_finite_spoils_the_rows_of_the_gradient_alone(clip):
-    """Not the rows that the step refreshes, which are many with a short history."""
+    """The rows that the step refreshes stay finite; with a short history there are many."""
     tx = exact_rows(chain(clip, adamjax.adam(0.05, 0.5, 0.9)), "table", history=64)
     rows = 500
     for steps in (1, 2, 5):
@@ -1796,7 +1796,7 @@ class RunningMaxState(NamedTuple):
 
 
 class running_max(adamjax.Transform):
-    """Has `keeps_zero`, and a slot. Its `update` is never called."""
+    """A transform with `keeps_zero` and a slot. Its `update` is never called."""
 
     keeps_zero = True
 
