@@ -458,8 +458,8 @@ def covering():
     def gain(settings):
         return len(pairs(settings) & missing) if is_sensible(settings) else -1
 
-    # Completes each of 20 missing pairs to a config, factor by factor, with the setting that adds the
-    # most missing pairs. Of these configs, adds the one with the most missing pairs.
+    # Completes each of 20 missing pairs to a config, factor by factor, with the setting that adds
+    # the most missing pairs. Of these configs, adds the one with the most missing pairs.
     while missing:
         best = {}
         for pair in sorted(missing, key=repr)[:20]:
