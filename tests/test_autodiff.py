@@ -1,12 +1,12 @@
 """Compares `adamjax.value_and_grad` with `jax.value_and_grad`, and checks its row gradients.
 
-Each loss in `CASES` is compared with JAX. Further tests try the ways to call `value_and_grad`, the
-embeddings of other packages, and `value_and_grad` within JAX's transformations.
+Each loss in `CASES` is compared with JAX. Further tests cover the arguments of `value_and_grad`,
+models of other packages, and `value_and_grad` within JAX's transformations.
 
 Tables and weights are small multiples of 1/2. The arithmetic of most losses does not round these,
 so every sum is exact in any order, and values and gradients must be equal. A loss that rounds has
 `exact=False`. Its values and gradients may differ by 1e-6 of the largest element, about eight
-times the precision of float32, because XLA may fuse the two programs differently.
+times the epsilon of float32, because XLA may fuse the two programs differently.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from adamjax import RowGradient
 from adamjax._compat import as_varying
 from adamjax.paths import leaf_paths
 
-V, D = 11, 3
+V, D = 11, 3  # the rows and columns of most tables
 
 
 # --- cases, and how results are compared ----------------------------------------------------------
@@ -39,14 +39,14 @@ V, D = 11, 3
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A table that must get a row gradient, because the loss only reads rows of it.
+    """Expects a row gradient for a table of which the loss only reads rows.
 
     Attributes:
-      ids: the indices that are read. Those outside of `[-num_rows, num_rows)` read no row. Or a
-        function that reads an array as the loss reads the table. From the array of row numbers,
-        `arange(num_rows)`, it reads the indices.
-      max_indices: the most indices that the row gradient may have: those of all branches together.
-        `None`: as many as `ids` has.
+      ids: the indices that the loss reads. Those outside of `[-num_rows, num_rows)` read no row. Or
+        a function that reads an array as the loss reads the table: from `arange(num_rows)` it
+        returns these indices.
+      max_indices: how many indices the row gradient may have. With branches, these are the indices
+        of all branches together. `None`: as many as `ids`, which is then an array.
     """
 
     ids: Any
@@ -57,7 +57,7 @@ class Rows:
             object.__setattr__(self, "max_indices", np.size(self.ids))
 
     def resolve(self, table):
-        """The same with indices as `ids`, if that is a function."""
+        """The same with an array as `ids`, if `ids` is a function."""
         if not callable(self.ids):
             return self
         return dataclasses.replace(self, ids=self.ids(jnp.arange(float(len(table)))))
@@ -65,7 +65,7 @@ class Rows:
     def valid_ids(self, num_rows):
         """The set of the rows that are read, as numbers from 0 to num_rows - 1."""
         ids = np.asarray(self.ids, np.float64).reshape(-1)
-        # A function reads the fill value, 0.5 or NaN, where an index is out of bounds.
+        # For an index out of bounds, a function reads the fill value: 0.5, -0.5 or NaN.
         ids = ids[ids == np.round(ids)]
         ids = np.where(ids < 0, ids + num_rows, ids)
         return set(ids[(ids >= 0) & (ids < num_rows)].tolist())
@@ -76,9 +76,9 @@ jax.tree_util.register_dataclass(Rows, data_fields=["ids"], meta_fields=["max_in
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """A table that must get a dense gradient, because an operation uses the whole table."""
+    """Expects a dense gradient for a table, because an operation uses the whole table."""
 
-    operation: str  # its name in JAX
+    operation: str  # the name of its primitive
 
 
 # A table that may get a row gradient or a dense one.
@@ -97,7 +97,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(*args, exact=True, **tables):
-    """Returns a decorator that makes a loss a case. `__` in a table's name stands for a slash."""
+    """Returns a decorator that adds a loss to `CASES`. `__` in a table's name means a slash."""
 
     def add(loss):
         name = loss.__name__.rstrip("_")
@@ -120,7 +120,7 @@ def params(dtype=np.float32, trailing=(D,), num_rows=V, **more):
     return {"table": table, "w": np.float32(0.5), **more}
 
 
-WITH_OTHER = params(other=halves(V, D, seed=1))
+TWO_TABLES = params(other=halves(V, D, seed=1))
 
 
 def quad(p, rows):
@@ -145,7 +145,7 @@ def is_float(x):
     return isinstance(x, float) or (is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact))
 
 
-def is_gradient(x):
+def is_rows_or_none(x):
     return x is None or isinstance(x, RowGradient)
 
 
@@ -170,14 +170,14 @@ def jax_value_and_grad(loss, args):
 
 def dense(grads):
     return jax.tree.map(
-        lambda g: g.to_dense() if isinstance(g, RowGradient) else g, grads, is_leaf=is_gradient
+        lambda g: g.to_dense() if isinstance(g, RowGradient) else g, grads, is_leaf=is_rows_or_none
     )
 
 
 def assert_equal(actual, expected, exact=True):
     """Expects the same structure, dtypes and shapes, and equal numbers.
 
-    Without `exact`, numbers of an array may differ by 1e-6 of its largest.
+    Without `exact`, numbers of an array may differ by 1e-6 of its largest magnitude.
     """
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -188,9 +188,9 @@ def assert_equal(actual, expected, exact=True):
 
 
 def check_rows(rows, table, expected):
-    """Expects a well-formed row gradient with rows that were read, and at most `max_indices`.
+    """Expects a well-formed row gradient: only rows that were read, at most `max_indices` indices.
 
-    It may lack a row that was read, if that has a gradient of zero.
+    A row that was read may be missing, if its gradient is zero.
     """
     assert isinstance(rows, RowGradient), type(rows)
     assert (rows.shape, rows.dtype) == (jnp.shape(table), jnp.result_type(table))
@@ -200,47 +200,51 @@ def check_rows(rows, table, expected):
     indices, values = np.asarray(rows.indices), np.asarray(rows.values)
     assert indices.ndim == 1
     assert len(values) == len(indices)
-    live = indices[indices < rows.num_rows]
+    used = indices[indices < rows.num_rows]
     assert (indices >= 0).all()
     assert (indices <= rows.num_rows).all()
-    assert len(set(live.tolist())) == len(live)
+    assert len(set(used.tolist())) == len(used)
     assert not np.any(values[indices == rows.num_rows])
     if expected is not ANY:
-        assert set(live.tolist()) <= expected.valid_ids(rows.num_rows)
+        assert set(used.tolist()) <= expected.valid_ids(rows.num_rows)
         assert len(indices) <= expected.max_indices
 
 
-def by_path(tree):
-    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree, is_leaf=is_gradient), strict=True))
+def leaves_by_path(tree):
+    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree, is_leaf=is_rows_or_none), strict=True))
 
 
 def dense_by_numpy(g):
     """The dense gradient, in NumPy. `to_dense` would be compiled for each shape."""
     if not isinstance(g, RowGradient):
         return g
-    live = np.asarray(g.indices) < g.num_rows
+    used = np.asarray(g.indices) < g.num_rows
     table = np.zeros(g.shape, g.dtype)
-    table[np.asarray(g.indices)[live]] = np.asarray(g.values)[live]
+    table[np.asarray(g.indices)[used]] = np.asarray(g.values)[used]
     return table
 
 
 def check(case, actual, expected, tables=None):
-    """Expects the value and the gradients of JAX, and row gradients where the case has them.
+    """Compares value and gradients with JAX's, and expects row gradients for the case's `Rows`.
 
     Args:
-      tables: in place of `case.tables`.
+      actual: value and gradients of adamjax.
+      expected: value and gradients of JAX.
+      tables: replaces `case.tables`.
     """
     value, grads = actual
     assert_equal(value, expected[0], case.exact)
-    assert jax.tree.structure(grads, is_leaf=is_gradient) == jax.tree.structure(
-        expected[1], is_leaf=is_gradient
+    assert jax.tree.structure(grads, is_leaf=is_rows_or_none) == jax.tree.structure(
+        expected[1], is_leaf=is_rows_or_none
     )
-    assert_equal(jax.tree.map(dense_by_numpy, grads, is_leaf=is_gradient), expected[1], case.exact)
-    given = by_path(case.args[0])
-    for path, g in by_path(grads).items():
+    assert_equal(
+        jax.tree.map(dense_by_numpy, grads, is_leaf=is_rows_or_none), expected[1], case.exact
+    )
+    leaves = leaves_by_path(case.args[0])
+    for path, g in leaves_by_path(grads).items():
         table = (tables or case.tables).get(path)
         if isinstance(table, Rows) or (table is ANY and isinstance(g, RowGradient)):
-            check_rows(g, given[path], table)
+            check_rows(g, leaves[path], table)
         else:
             assert g is None or isinstance(g, jax.Array)
 
@@ -251,13 +255,13 @@ def case_value_and_grad(case, **options):
     return adamjax.value_and_grad(case.loss, tables, **options)
 
 
-# --- reads of whole rows, in every way and every mode ---------------------------------------------
+# --- reads of whole rows, by every function and in every mode -------------------------------------
 
 
 def read_case(name, reader, ids, exact=True, **table):
     """Adds a case whose loss reads rows of the table by `reader(table, ids)`.
 
-    `Rows` gets the reader too, to find out which rows it reads. So it must also read a vector.
+    `Rows` applies the reader to the vector of row numbers. So the reader must also read a vector.
     """
 
     def loss(p, ids):
@@ -321,12 +325,12 @@ read_case("clip_scalar_outside", at_get(mode="clip"), np.int32(V))
 read_case("take_empty", taken(), np.zeros(0, np.int32))
 
 # More rows than the dtype of the indices can count.
-uint8 = np.array([0, 1, 127, 127, 128, 255, 100], np.uint8)
-read_case("index_300_rows", indexed, uint8, num_rows=300)
-read_case("clip_300_rows", at_get(mode="clip"), uint8, num_rows=300)
+uint8_ids = np.array([0, 1, 127, 127, 128, 255, 100], np.uint8)
+read_case("index_300_rows", indexed, uint8_ids, num_rows=300)
+read_case("clip_300_rows", at_get(mode="clip"), uint8_ids, num_rows=300)
 if jax.__version_info__ >= (0, 10):  # an older JAX loses these gradients
-    read_case("take_300_rows_uint8", taken(), uint8, num_rows=300)
-    read_case("take_300_rows_int8", taken(), uint8.astype(np.int8), num_rows=300)
+    read_case("take_300_rows_uint8", taken(), uint8_ids, num_rows=300)
+    read_case("take_300_rows_int8", taken(), uint8_ids.astype(np.int8), num_rows=300)
 
 read_case("at_promised", at_get(mode="promise_in_bounds"), VALID)
 read_case("at_promised_sorted", at_get(indices_are_sorted=True), np.sort(VALID))
@@ -362,7 +366,7 @@ for name, reader in {
 }.items():
     read_case(f"table_cast_{name}", reader, OUTSIDE)
 
-# Reshapes of the table that keep each row a row.
+# Reshapes of the table that keep its rows whole.
 read_case("table_expanded", lambda t, ids: t[..., None][ids], MANY)
 read_case("table_flattened", lambda t, ids: t.reshape(V, -1)[ids], MANY, trailing=(2, 3))
 read_case("table_folded", lambda t, ids: t.reshape(V, 2, -1)[ids] if t.ndim > 1 else t[ids], MANY,
@@ -452,7 +456,7 @@ def two_tables(p, ids, others):
     return quad(p, mixed)
 
 
-@case(WITH_OTHER, MANY, VALID, table=Rows(MANY), other=Rows(VALID))
+@case(TWO_TABLES, MANY, VALID, table=Rows(MANY), other=Rows(VALID))
 def one_lookup_for_two_tables(p, ids, others):
     lookup = jax.jit(lambda table, ids: table[ids])
     return quad(p, lookup(p["table"], ids)) + quad(p, lookup(p["other"], others))
@@ -481,7 +485,7 @@ def read_four_times(p, ids):
 @case({"table": halves(V, D), "same": halves(V, D), "w": np.float32(0.5)}, MANY,
       table=Rows(MANY), same=Rows(MANY % 5))  # fmt: skip
 def an_array_that_is_closed_over(p, ids):
-    """A constant with the table's own values is no table."""
+    """A constant is not a table, even if it has a table's values."""
     return quad(p, p["table"][ids] * jnp.asarray(halves(V, D))[ids] + p["same"][ids % 5])
 
 
@@ -505,11 +509,11 @@ def tangent_in_the_loss(p, ids):
 
 @case(params(), MANY, table=Rows(MANY))
 def named_axis(p, ids):
-    def of_one(ids):
+    def loss_of_example(ids):
         rows = p["table"][ids]
         return quad(p, rows - lax.psum(rows, "batch"))
 
-    return jnp.sum(jax.vmap(of_one, axis_name="batch")(ids))
+    return jnp.sum(jax.vmap(loss_of_example, axis_name="batch")(ids))
 
 
 @case(params(), MANY, table=Rows(MANY), exact=False)
@@ -580,9 +584,9 @@ def compared_table(p, ids):
 
 @case(params(), MANY, table=ANY)
 def table_of_integers(p, ids):
-    """No gradient goes through a cast to integers, so it may be a cast of the whole table."""
-    whole = p["table"].astype(jnp.int32)[ids] * 2 + p["table"].astype(bool)[ids]
-    return quad(p, whole + p["table"][ids])
+    """No gradient goes through a cast to integers, so the loss may cast the whole table."""
+    integers = p["table"].astype(jnp.int32)[ids] * 2 + p["table"].astype(bool)[ids]
+    return quad(p, integers + p["table"][ids])
 
 
 @case(params(), MANY, table=Rows(np.append(MANY, VALID[:4])))
@@ -663,22 +667,22 @@ def remat_saves_nothing(p, ids):
 
 @case(params(), MANY, table=Rows(MANY), exact=False)
 def remat_saves_dots(p, ids):
-    def of(p, ids):
+    def loss(p, ids):
         rows = jnp.sin(p["table"][ids])
         return quad(p, jnp.einsum("ijk,ilk->ijl", rows, rows))
 
-    return jax.checkpoint(of, policy=jax.checkpoint_policies.dots_saveable)(p, ids)
+    return jax.checkpoint(loss, policy=jax.checkpoint_policies.dots_saveable)(p, ids)
 
 
 @case(params(), MANY, table=Rows(MANY), exact=False)
 def remat_saves_names(p, ids):
     from jax.ad_checkpoint import checkpoint_name
 
-    def of(p, ids):
+    def loss(p, ids):
         return quad(p, jnp.sin(checkpoint_name(p["table"][ids], "rows")))
 
     policy = jax.checkpoint_policies.save_only_these_names("rows")
-    return jax.checkpoint(of, policy=policy)(p, ids)
+    return jax.checkpoint(loss, policy=policy)(p, ids)
 
 
 @case(params(), MANY, table=Rows(MANY), exact=False)
@@ -719,7 +723,7 @@ def scan_carries_the_table(p, batches):
 
 
 @case(params(), MANY, VALID, table=Rows(np.append(MANY, VALID)))
-def scan_hands_the_table_on(p, batches, others):
+def scan_passes_the_table_on(p, batches, others):
     def step(carry, ids):
         table, total = carry
         return (table, total + quad(p, table[ids])), None
@@ -751,7 +755,7 @@ def scan_with_remat(p, batches):
 
 
 @case(params(), VALID, table=Rows(np.arange(V), 3 * VALID.size), exact=False)
-def scan_takes_indices_from_the_previous_rows(p, ids):
+def scan_computes_indices_from_the_previous_rows(p, ids):
     """The indices of a step are computed from the rows of the step before."""
 
     def step(ids, _):
@@ -777,8 +781,8 @@ def scan_uses_rows_of_the_previous_step(p, batches):
     """A step carries its rows to the next one. The rows of the last step are not used."""
 
     def step(carry, ids):
-        held, total = carry
-        return (p["table"][ids], total + quad(p, held)), None
+        previous_rows, total = carry
+        return (p["table"][ids], total + quad(p, previous_rows)), None
 
     return lax.scan(step, (jnp.zeros((4, D)), jnp.float32(0)), batches)[0][1]
 
@@ -816,7 +820,7 @@ def scan_closes_over_the_table_and_carries_it(p, batches, others):
     return lax.scan(step, (p["table"], jnp.float32(0)), batches)[0][1]
 
 
-@case(WITH_OTHER, MANY, table=Rows(MANY), other=Rows(MANY))
+@case(TWO_TABLES, MANY, table=Rows(MANY), other=Rows(MANY))
 def scan_of_two_tables(p, batches):
     def step(total, ids):
         return total + quad(p, p["table"][ids] * jnp.take(p["other"], ids, axis=0)), None
@@ -836,10 +840,10 @@ def map_in_batches(p, batches):
 
 @case(params(), MANY, table=Rows(MANY))
 def vmap_of_scan(p, batches):
-    def of_one(ids):
+    def sum_of_rows(ids):
         return lax.scan(lambda c, i: (c + p["table"][i], None), jnp.zeros(D), ids)[0]
 
-    return quad(p, jax.vmap(of_one)(batches))
+    return quad(p, jax.vmap(sum_of_rows)(batches))
 
 
 @case(params(), MANY, table=Rows(MANY))
@@ -871,54 +875,56 @@ def fori_carries_the_table(p, batches):
 
 
 def branch_cases():
-    """Adds cases for each branch of conditionals. Only the branch that is taken reads rows."""
+    """Adds cases for each branch of conditionals. Only the branch taken has gradients."""
 
-    def two_reads(p, way, ids, others):
-        return lax.cond(way, lambda: quad(p, p["table"][ids]), lambda: -quad(p, p["table"][others]))
+    def two_reads(p, pred, ids, others):
+        return lax.cond(
+            pred, lambda: quad(p, p["table"][ids]), lambda: -quad(p, p["table"][others])
+        )
 
-    def table_as_operand(p, way, ids, others):
+    def table_as_operand(p, pred, ids, others):
         def yes(table, ids):
             return quad(p, jnp.take(table, ids, axis=0))
 
         def no(table, ids):
             return quad(p, table[ids[0, 0]])
 
-        return lax.cond(way, yes, no, p["table"], ids)
+        return lax.cond(pred, yes, no, p["table"], ids)
 
-    def one_read(p, way, ids, others):
-        return lax.cond(way, lambda: quad(p, p["table"][ids]), lambda: p["w"] * 2)
+    def one_read(p, pred, ids, others):
+        return lax.cond(pred, lambda: quad(p, p["table"][ids]), lambda: p["w"] * 2)
 
-    def in_scan(p, way, ids, others):
+    def in_scan(p, pred, ids, others):
         def step(total, x):
             row, flag = x
-            read = lax.cond(flag == way, lambda: quad(p, p["table"][row]), lambda: jnp.float32(0))
+            read = lax.cond(flag == pred, lambda: quad(p, p["table"][row]), lambda: jnp.float32(0))
             return total + read, None
 
         return lax.scan(step, jnp.float32(0), (ids, np.array([True, False, True])))[0]
 
-    def nested(p, way, ids, others):
+    def nested(p, pred, ids, others):
         def inner():
             return lax.cond(
                 ids[0, 0] > 3, lambda: jnp.float32(1), lambda: quad(p, p["table"][others])
             )
 
-        return lax.cond(way, inner, lambda: quad(p, p["table"][ids]))
+        return lax.cond(pred, inner, lambda: quad(p, p["table"][ids]))
 
-    def rows_out(p, way, ids, others):
-        rows = lax.cond(way, lambda t: t[ids], lambda t: jnp.zeros((*ids.shape, D)), p["table"])
+    def rows_out(p, pred, ids, others):
+        rows = lax.cond(pred, lambda t: t[ids], lambda t: jnp.zeros((*ids.shape, D)), p["table"])
         return quad(p, rows)
 
-    def selected_by_vmap(p, way, ids, others):
+    def selected_by_vmap(p, pred, ids, others):
         """Under vmap a conditional becomes a select, for which JAX broadcasts the table."""
 
-        def of_one(flag, i):
-            return lax.cond(flag == way, lambda: p["table"][i], lambda: p["table"][0])
+        def read(flag, i):
+            return lax.cond(flag == pred, lambda: p["table"][i], lambda: p["table"][0])
 
-        return quad(p, jax.vmap(of_one)(others % 2 == 0, others))
+        return quad(p, jax.vmap(read)(others % 2 == 0, others))
 
-    def table_out(p, way, ids, others):
+    def table_out(p, pred, ids, others):
         """The conditional returns the table that is read."""
-        table = lax.cond(way, lambda t: t, lambda t: 2 * t, p["table"])
+        table = lax.cond(pred, lambda t: t, lambda t: 2 * t, p["table"])
         return quad(p, table[ids])
 
     size = MANY.size + VALID.size
@@ -933,22 +939,22 @@ def branch_cases():
         (selected_by_vmap, ANY, ANY),
         (table_out, ANY, ANY),
     ):
-        for way, rows in ((True, rows_if_true), (False, rows_if_false)):
-            name = f"cond_{loss.__name__}_{'yes' if way else 'no'}"
-            CASES[name] = Case(loss, (params(), np.bool_(way), MANY, VALID), {"table": rows})
+        for pred, rows in ((True, rows_if_true), (False, rows_if_false)):
+            name = f"cond_{loss.__name__}_{'yes' if pred else 'no'}"
+            CASES[name] = Case(loss, (params(), np.bool_(pred), MANY, VALID), {"table": rows})
 
-    def switch(p, which, ids, others):
+    def switch(p, index, ids, others):
         branches = [
             lambda table: quad(p, table[ids]),
             lambda table: quad(p, table[others]) + quad(p, table[ids[0]]),
             lambda table: p["w"],
         ]
-        return lax.switch(which, branches, p["table"])
+        return lax.switch(index, branches, p["table"])
 
     max_indices = MANY.size + VALID.size + 4
-    for which, ids in enumerate((MANY, np.append(VALID, MANY[0]), [], [])):
-        args = params(), np.int32(which), MANY, VALID
-        CASES[f"switch_{which}"] = Case(switch, args, {"table": Rows(ids, max_indices)})
+    for index, ids in enumerate((MANY, np.append(VALID, MANY[0]), [], [])):
+        args = params(), np.int32(index), MANY, VALID
+        CASES[f"switch_{index}"] = Case(switch, args, {"table": Rows(ids, max_indices)})
 
 
 branch_cases()
@@ -990,13 +996,13 @@ def custom_vjp_of_rows(p, ids):
 @case(params(), MANY, table=Rows(MANY))
 def custom_rules_in_scan_in_remat(p, batches):
     @jax.checkpoint
-    def of(p):
+    def loss(p):
         def step(total, ids):
             return total + quad(p, negated_gradient(steep_square(p["table"][ids]))), None
 
         return lax.scan(step, jnp.float32(0), batches)[0]
 
-    return of(p)
+    return loss(p)
 
 
 @case(params(), MANY, table=Rows(MANY))
@@ -1071,7 +1077,7 @@ def tied(p, ids):
     return quad(p, hidden @ p["table"].T)
 
 
-@case(WITH_OTHER, MANY, table=Dense("dot_general"), other=Rows(MANY))
+@case(TWO_TABLES, MANY, table=Dense("dot_general"), other=Rows(MANY))
 def tied_and_not(p, ids):
     hidden = p["table"][ids].sum(1) + p["other"][ids].sum(1)
     return quad(p, hidden @ p["table"].T)
@@ -1132,7 +1138,7 @@ def scan_changes_the_table(p, batches):
     return jnp.sum(lax.scan(step, p["table"], batches)[1])
 
 
-@case(WITH_OTHER, MANY, table=ANY, other=ANY)
+@case(TWO_TABLES, MANY, table=ANY, other=ANY)
 def scan_swaps_two_tables(p, batches):
     """Each table is carried unchanged, but in the place of the other one."""
 
@@ -1143,13 +1149,13 @@ def scan_swaps_two_tables(p, batches):
     return jnp.sum(lax.scan(step, (p["table"], p["other"]), batches)[1])
 
 
-@case(WITH_OTHER, MANY, np.bool_(True), table=ANY, other=ANY)
+@case(TWO_TABLES, MANY, np.bool_(True), table=ANY, other=ANY)
 def one_of_two_tables(p, ids, first):
     table = lax.cond(first, lambda a, b: a, lambda a, b: b, p["table"], p["other"])
     return quad(p, table[ids])
 
 
-@case(WITH_OTHER, MANY, np.arange(V) % 2 == 0, table=ANY, other=ANY)
+@case(TWO_TABLES, MANY, np.arange(V) % 2 == 0, table=ANY, other=ANY)
 def rows_of_two_tables(p, ids, first):
     return quad(p, jnp.where(first[:, None], p["table"], p["other"])[ids])
 
@@ -1195,7 +1201,7 @@ def copied(p, ids):
     return quad(p, jnp.array(p["table"], copy=True)[ids])
 
 
-if jax.__version_info__ >= (0, 10):  # an older JAX has no derivative of a barrier
+if jax.__version_info__ >= (0, 10):  # an older JAX has no derivative of an optimization barrier
 
     @case(params(), MANY, table=ANY)
     def after_an_optimization_barrier(p, ids):
@@ -1269,7 +1275,7 @@ def pairs_of_rows(p, ids):
 
 
 def gather_cases():
-    """Adds gathers that no indexing expression makes."""
+    """Adds cases with gathers that no indexing expression makes."""
     starts = np.array([[2, 0], [2, 1], [10, 0], [11, 0], [-1, 0], [0, 2], [9, -1]], np.int32)
 
     def add(name, indices, mode, slice_sizes, **dimensions):
@@ -1283,7 +1289,7 @@ def gather_cases():
 
     for mode in ("fill", "clip"):
         # An index has a row and a column, but a slice has all columns. If the column is not 0,
-        # "clip" makes it 0, and "fill" takes the slice as out of bounds.
+        # "clip" makes it 0, and "fill" treats the slice as out of bounds.
         start = {"offset_dims": (1,), "collapsed_slice_dims": (0,), "start_index_map": (0, 1)}
         add("row_and_column", starts, mode, (1, D), **start)
         swapped = {**start, "start_index_map": (1, 0)}
@@ -1373,7 +1379,7 @@ def run_unoptimized(function, *args, **options):
 def results_of_adamjax(names, args):
     """adamjax's value and gradients of each case.
 
-    With `strict` where all tables must get row gradients: then nothing may be refused.
+    If all tables of a case must get row gradients, it is called with `strict`.
     """
     results = []
     for name, case_args in zip(names, args, strict=True):
@@ -1383,12 +1389,14 @@ def results_of_adamjax(names, args):
 
 
 def results_of_jax(names, args):
-    """For each case, JAX's value and gradients, and a `Rows` with indices for each table."""
+    """For each case, JAX's value and gradients, and its `Rows` by path, with arrays as `ids`."""
     results = []
     for name, case_args in zip(names, args, strict=True):
-        tables = by_path(case_args[0])
+        tables = leaves_by_path(case_args[0])
         reads = {
-            p: x.resolve(tables[p]) for p, x in CASES[name].tables.items() if isinstance(x, Rows)
+            path: rows.resolve(tables[path])
+            for path, rows in CASES[name].tables.items()
+            if isinstance(rows, Rows)
         }
         results.append((jax_value_and_grad(CASES[name].loss, case_args), reads))
     return results
@@ -1403,8 +1411,8 @@ def check_cases(names, run):
 
 def under_jit(function, names, args):
     # `make test` selects XLA's older emitters. If a table has more rows than the dtype of the
-    # indices can count, these lose the gradients of the rows beyond that. Newer releases of XLA do
-    # not have this option, and no older emitters.
+    # indices can count, these emitters lose the gradients of the rows beyond that. Newer releases
+    # of XLA have neither the option nor these emitters.
     emitters, options = "xla_cpu_use_fusion_emitters", {}
     if emitters in os.environ.get("XLA_FLAGS", "") and any("300_rows" in n for n in names):
         options[emitters] = True
@@ -1475,10 +1483,10 @@ def test_strict_names_the_table_the_operation_and_the_line(name):
         case_value_and_grad(case, strict=True)(*case.args)
     message = str(error.value)
     assert re.search(rf"\b{table.operation}\b", message), message
-    place = re.search(r"test_autodiff\.py:(\d+)", message)
-    assert place, message
+    line = re.search(r"test_autodiff\.py:(\d+)", message)
+    assert line, message
     first, last = first_and_last_line(case.loss)
-    assert first <= int(place[1]) <= last, (message, first, last)
+    assert first <= int(line[1]) <= last, (message, first, last)
 
 
 def test_strict_names_the_exact_line():
@@ -1498,7 +1506,7 @@ def test_strict_names_the_exact_line():
 
 READS = st.fixed_dictionaries(
     {
-        "v": st.integers(1, 9),
+        "num_rows": st.integers(1, 9),
         "trailing": st.lists(st.integers(1, 3), max_size=2).map(tuple),
         "shape": st.lists(st.integers(0, 4), max_size=3).map(tuple),
         "dtype": st.sampled_from(["int8", "uint8", "int16", "int32", "uint32"]),
@@ -1511,11 +1519,11 @@ READS = st.fixed_dictionaries(
 )
 
 
-def any_read(v, trailing, shape, dtype, mode, cast, jit, vmap, seed):
-    """A case that reads rows in the way that the arguments describe."""
+def any_read(num_rows, trailing, shape, dtype, mode, cast, jit, vmap, seed):
+    """A case that reads rows as the arguments describe."""
     unsigned = np.dtype(dtype).kind == "u"
     rng = np.random.default_rng(seed)
-    ids = rng.integers(0 if unsigned else -v - 3, v + 4, shape).astype(dtype)
+    ids = rng.integers(0 if unsigned else -num_rows - 3, num_rows + 4, shape).astype(dtype)
 
     def read(table, ids):
         table = table if cast is None else table.astype(cast)
@@ -1527,7 +1535,7 @@ def any_read(v, trailing, shape, dtype, mode, cast, jit, vmap, seed):
         read = jax.jit(read)
     if vmap and shape:
         read = jax.vmap(read, (None, 0))
-    p = {"table": halves(v, *trailing, seed=seed), "w": np.float32(0.5)}
+    p = {"table": halves(num_rows, *trailing, seed=seed), "w": np.float32(0.5)}
     reads = Rows(lambda numbers: read(numbers, ids), np.size(ids))
     return Case(lambda p, ids: quad(p, read(p["table"], ids)), (p, ids), {"table": reads})
 
@@ -1535,7 +1543,7 @@ def any_read(v, trailing, shape, dtype, mode, cast, jit, vmap, seed):
 @settings(max_examples=6, deadline=None)
 @given(st.lists(READS, min_size=2, max_size=5))
 @pytest.mark.slow
-def test_any_read(reads):
+def test_drawn_reads_have_the_values_and_gradients_of_jax(reads):
     cases = [any_read(**read) for read in reads]
 
     def run(args):
@@ -1551,10 +1559,10 @@ def test_any_read(reads):
         check(case, actual, expected, {"table": rows})
 
 
-# --- ways to call ---------------------------------------------------------------------------------
+# --- arguments of value_and_grad ------------------------------------------------------------------
 
 
-def simple(p, ids):
+def simple_loss(p, ids):
     return quad(p, p["table"][ids])
 
 
@@ -1563,17 +1571,17 @@ def by_rows(loss):
 
 
 def rows_and_dense(grads):
-    """The paths of row gradients and of dense ones."""
-    found = by_path(grads)
+    """The paths of the row gradients, and those of the dense gradients."""
+    found = leaves_by_path(grads)
     rows = {path for path, g in found.items() if isinstance(g, RowGradient)}
     return rows, set(found) - rows
 
 
-def test_grad_is_the_gradient_alone():
-    value, grads = adamjax.value_and_grad(simple, "table")(params(), MANY)
-    again = adamjax.grad(simple, "table")(params(), MANY)
-    assert isinstance(again["table"], RowGradient)
-    assert_equal(again, grads)
+def test_grad_returns_the_gradients_of_value_and_grad():
+    value, grads = adamjax.value_and_grad(simple_loss, "table")(params(), MANY)
+    same_grads = adamjax.grad(simple_loss, "table")(params(), MANY)
+    assert isinstance(same_grads["table"], RowGradient)
+    assert_equal(same_grads, grads)
     assert value.shape == ()
 
 
@@ -1590,7 +1598,7 @@ def with_aux(p, ids):
     }
 
 
-def test_auxiliary_outputs():
+def test_auxiliary_outputs_are_those_of_jax():
     vg = adamjax.value_and_grad(with_aux, "table", has_aux=True)
     (value, aux), grads = vg(params(), MANY)
     by_jax = jax.value_and_grad(with_aux, has_aux=True)
@@ -1605,7 +1613,7 @@ def test_auxiliary_outputs():
     assert aux["name"] == "a batch"
 
 
-def test_auxiliary_outputs_under_jit():
+def test_auxiliary_outputs_are_right_under_jit():
     def loss(p, ids):
         value, aux = with_aux(p, ids)
         return value, aux["arrays"]
@@ -1616,13 +1624,11 @@ def test_auxiliary_outputs_under_jit():
     assert_equal(aux, with_aux(params(), MANY)[1]["arrays"], exact=False)
 
 
-@pytest.mark.parametrize("way", ["table", "table itself", "table in a list"])
-def test_a_table_in_the_auxiliary_outputs(way):
-    """A table that the loss also returns gets a row gradient."""
-
+@pytest.mark.parametrize("output", ["table", "table itself", "table in a list"])
+def test_a_table_that_is_an_auxiliary_output_gets_a_row_gradient(output):
     def loss(p, ids):
         aux = {"table": p["w"], "table itself": p["table"], "table in a list": [p["table"]] * 2}
-        return simple(p, ids), aux[way]
+        return simple_loss(p, ids), aux[output]
 
     (_, aux), grads = adamjax.value_and_grad(loss, "table", has_aux=True)(params(), MANY)
     check_rows(grads["table"], params()["table"], Rows(MANY))
@@ -1631,7 +1637,7 @@ def test_a_table_in_the_auxiliary_outputs(way):
 
 def test_with_has_aux_the_loss_must_return_a_pair():
     with pytest.raises(TypeError, match=r"with has_aux=True the loss function must return a pair"):
-        adamjax.value_and_grad(simple, "table", has_aux=True)(params(), MANY)
+        adamjax.value_and_grad(simple_loss, "table", has_aux=True)(params(), MANY)
 
 
 def two_arguments(a, ids, b):
@@ -1647,14 +1653,16 @@ OTHER = {"embedding": halves(V, 2, seed=3), "w": np.float32(1.5)}
     [0, 2, -1, (0,), (0, 2), (2, 0), [0, 2]],
     ids=str,
 )
-def test_argnums(argnums):
+def test_argnums_are_those_of_jax(argnums):
     tables = [adamjax.optional("table"), adamjax.optional("embedding")]
     vg = adamjax.value_and_grad(two_arguments, tables, argnums=argnums)
     value, grads = vg(PARAMS, MANY, OTHER)
     tuple_or_int = tuple(argnums) if isinstance(argnums, list) else argnums  # JAX takes no list
     expected = jax.value_and_grad(two_arguments, tuple_or_int)(PARAMS, MANY, OTHER)
     assert_equal((value, dense(grads)), expected)
-    found = [g for g in jax.tree.leaves(grads, is_leaf=is_gradient) if isinstance(g, RowGradient)]
+    found = [
+        g for g in jax.tree.leaves(grads, is_leaf=is_rows_or_none) if isinstance(g, RowGradient)
+    ]
     assert len(found) == len(np.atleast_1d(argnums))
 
 
@@ -1693,15 +1701,15 @@ def test_large_unsigned_indices_read_what_jax_reads():
         np.testing.assert_array_equal(rows.to_dense(), jax.grad(loss)(table, ids))
 
 
-def test_a_table_as_an_argument():
-    """The argument is itself a leaf, so the leaf's path is empty."""
+def test_an_argument_may_itself_be_a_table():
+    """Then its path is empty."""
     vg = adamjax.value_and_grad(lambda ids, table: quad(PARAMS, table[ids]), "", argnums=1)
     _, rows = vg(MANY, PARAMS["table"])
     check_rows(rows, PARAMS["table"], Rows(MANY))
-    assert_equal(rows.to_dense(), jax.grad(simple)(PARAMS, MANY)["table"])
+    assert_equal(rows.to_dense(), jax.grad(simple_loss)(PARAMS, MANY)["table"])
 
 
-def test_keywords():
+def test_keyword_arguments_are_passed_to_the_loss():
     def loss(p, *, ids, scale=2, others=None):
         assert others is None
         return scale * quad(p, p["table"][ids])
@@ -1713,7 +1721,7 @@ def test_keywords():
     assert_equal(dense(vg(params(), ids=MANY)[1]), jax.grad(loss)(params(), ids=MANY))
 
 
-def test_patterns():
+def test_patterns_select_the_tables():
     p = {"a": {"table": PARAMS["table"]}, "b": {"table": OTHER["embedding"]}, "w": PARAMS["w"]}
 
     def loss(p, ids):
@@ -1730,7 +1738,7 @@ def test_patterns():
         assert_equal(dense(grads), jax.grad(loss)(p, MANY))
 
 
-def test_more_rows_than_an_int32_can_number_are_refused():
+def test_a_table_of_too_many_rows_for_int32_is_refused():
     def reads(num_rows):
         table = jax.ShapeDtypeStruct((num_rows, 2), jnp.float32)
         return jax.eval_shape(adamjax.grad(lambda t: jnp.sum(t[:3]), ""), table)
@@ -1770,13 +1778,13 @@ def test_leaves_that_are_no_floats_have_no_gradient():
 
 
 @pytest.mark.slow
-def test_other_arguments_stay_what_they_are():
+def test_other_arguments_are_passed_unchanged():
     def loss(p, ids, times, name, function, flags):
         assert isinstance(ids, np.ndarray)
-        found = np.unique(ids)
+        distinct = np.unique(ids)
         total = jnp.float32(0)
         for i in range(times):
-            total += (i + 1) * quad(p, function(p["table"][found]))
+            total += (i + 1) * quad(p, function(p["table"][distinct]))
         return total if name == "plus" and flags["twice"] is False else -total
 
     args = params(), MANY, 2, "plus", jnp.square, {"twice": False}
@@ -1786,8 +1794,8 @@ def test_other_arguments_stay_what_they_are():
     assert_equal((value, dense(grads)), jax.value_and_grad(loss)(*args))
 
 
-def test_arguments_closed_over():
-    """The loss may close over arrays, also over traced ones of an outer function."""
+def test_a_loss_may_close_over_arrays():
+    """Also over traced arrays of an outer function."""
 
     def outer(w, ids):
         vg = adamjax.value_and_grad(lambda p: quad({"w": w}, p["table"][ids]), "table")
@@ -1804,7 +1812,7 @@ def test_the_loss_is_called_once():
 
     def loss(p, ids):
         calls.append(p)
-        return simple(p, ids)
+        return simple_loss(p, ids)
 
     def tied(p, ids):
         calls.append(p)
@@ -1828,8 +1836,8 @@ def test_the_loss_is_called_once():
         lambda p, ids: p["table"][ids],
         lambda p, ids: p["table"][ids[:0, 0]].sum(1),
         lambda p, ids: ids.sum(),
-        lambda p, ids: simple(p, ids) * 1j,
-        lambda p, ids: {"loss": simple(p, ids)},
+        lambda p, ids: simple_loss(p, ids) * 1j,
+        lambda p, ids: {"loss": simple_loss(p, ids)},
         lambda p, ids: None,
     ],
     ids=["rows", "empty", "integer", "complex", "dict", "nothing"],
@@ -1840,7 +1848,7 @@ def test_a_loss_that_is_not_a_real_scalar_is_refused(loss):
             transformed(params(), MANY)
 
 
-def test_one_array_as_two_tables():
+def test_one_array_may_be_two_tables():
     table = jnp.asarray(halves(V, D))
     p = {"a": table, "b": table, "w": jnp.float32(0.5)}
 
@@ -1855,8 +1863,8 @@ def test_one_array_as_two_tables():
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
 @pytest.mark.slow
-def test_indices_of_64_bits(mode):
-    """An index beyond 32 bits is out of bounds. It does not read the row of its low 32 bits."""
+def test_an_index_beyond_32_bits_is_out_of_bounds(mode):
+    """It does not read the row of its low 32 bits."""
     starts = np.array([3, 2**32 + 4, -1, 2**40, -(2**32) + 2, 5], np.int64)[:, None]
     numbers = lax.GatherDimensionNumbers((1,), (0,), (0,))
 
@@ -1866,8 +1874,8 @@ def test_indices_of_64_bits(mode):
     with enable_x64(True):
         p = {"table": halves(V, D, dtype=np.float64), "w": np.float32(0.5)}
         value, grads = adamjax.value_and_grad(loss, "table")(p, starts)
-        edges = [0, V - 1] if mode == "clip" else []
-        check_rows(grads["table"], p["table"], Rows([3, 5, *edges], starts.size))
+        clipped_rows = [0, V - 1] if mode == "clip" else []
+        check_rows(grads["table"], p["table"], Rows([3, 5, *clipped_rows], starts.size))
         expected = jax.value_and_grad(loss)(p, starts)
         assert_equal(grads["table"].to_dense(), expected[1]["table"])
         if mode == "clip":  # under "fill", JAX reads the row of the low 32 bits, without a gradient
@@ -1911,7 +1919,7 @@ def test_errors_of_the_loss_are_not_changed():
 
 
 def test_repeated_rows_are_summed_in_float32():
-    """JAX sums the gradients of a bfloat16 cast in bfloat16, where adding 1 stops at 256."""
+    """JAX sums the gradients of a bfloat16 cast in bfloat16, where a sum of ones stops at 256."""
     ids = np.zeros(1000, np.int32)
 
     def loss(p):
@@ -1938,7 +1946,7 @@ def test_a_cast_of_the_whole_table_is_never_stored():
     def step(p, ids):
         value, grads = adamjax.value_and_grad(loss, "table")(p, ids)
         return value, adamjax.apply_updates(
-            p, jax.tree.map(lambda g: -g, grads, is_leaf=is_gradient)
+            p, jax.tree.map(lambda g: -g, grads, is_leaf=is_rows_or_none)
         )
 
     arrays, text = arrays_of_the_tables_shape(adamjax.value_and_grad(loss, "table"))
@@ -1948,15 +1956,15 @@ def test_a_cast_of_the_whole_table_is_never_stored():
     arrays, text = arrays_of_the_tables_shape(step)
     assert f"bf16[{rows},{width}]" not in text
     assert {dtype for dtype, _ in arrays} <= {"f32"}
-    # In JAX's own program, the search finds arrays of this shape.
+    # The search does find such arrays in the program of JAX's gradient.
     assert arrays_of_the_tables_shape(jax.value_and_grad(loss))[0]
 
 
-# --- packages -------------------------------------------------------------------------------------
+# --- models of other packages ---------------------------------------------------------------------
 
 
 def check_package(loss, args, table, path, exact=True):
-    """Compares a loss of a package's model, in which `path` is the only table, with JAX."""
+    """Compares a loss with JAX. `path` is its only table; `table` is a `Rows` or a `Dense`."""
     case = Case(loss, args, {path: table}, exact)
     leaves, merge = split(args[0], is_array)
     vg = case_value_and_grad(case, strict=isinstance(table, Rows))
@@ -1972,7 +1980,7 @@ def check_package(loss, args, table, path, exact=True):
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_flax_linen(dtype):
+def test_an_embedding_of_flax_linen_gets_a_row_gradient_unless_it_is_tied(dtype):
     linen = pytest.importorskip("flax.linen")
     table = {"params": {"embedding": halves(V, D)}}
     embed = linen.Embed(V, D, dtype=None if dtype is None else jnp.bfloat16)
@@ -1990,7 +1998,7 @@ def test_flax_linen(dtype):
 
 
 @pytest.mark.slow
-def test_a_model_of_flax_linen():
+def test_two_embeddings_of_a_flax_linen_model_get_row_gradients():
     linen = pytest.importorskip("flax.linen")
 
     class Model(linen.Module):
@@ -2021,13 +2029,13 @@ def test_a_model_of_flax_linen():
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_flax_nnx_split(dtype):
+def test_an_embedding_of_flax_nnx_gets_a_row_gradient_unless_it_is_tied(dtype):
     nnx = pytest.importorskip("flax.nnx")
     options = {} if dtype is None else {"dtype": jnp.bfloat16}
     embed = nnx.Embed(V, D, rngs=nnx.Rngs(0), **options)
     graph, state = nnx.split(embed)
     state = jax.tree.map(lambda x: jnp.asarray(halves(V, D)), state)
-    [path] = by_path(state)
+    [path] = leaves_by_path(state)
     assert "embedding" in path
 
     def loss(state, ids):
@@ -2042,14 +2050,13 @@ def test_flax_nnx_split(dtype):
     check_package(tied, (state, MANY), Dense("dot_general"), path)
 
 
-def test_flax_nnx_module():
-    """The module is itself the tree of parameters."""
+def test_a_flax_nnx_module_may_itself_be_the_parameters():
     nnx = pytest.importorskip("flax.nnx")
     embed = nnx.Embed(V, D, rngs=nnx.Rngs(0))
     if jax.tree.leaves(embed)[0] is embed:
         pytest.skip("in this release of Flax, modules are not pytrees")
     embed = jax.tree.map(lambda x: jnp.asarray(halves(V, D)), embed)
-    [path] = by_path(embed)
+    [path] = leaves_by_path(embed)
 
     def loss(model, ids):
         return quad(PARAMS, model(ids))
@@ -2058,7 +2065,7 @@ def test_flax_nnx_module():
 
 
 @pytest.mark.parametrize("vmaps", [1, 2])
-def test_equinox(vmaps):
+def test_an_embedding_of_equinox_gets_a_row_gradient_under_vmap(vmaps):
     eqx = pytest.importorskip("equinox")
 
     class Model(eqx.Module):
@@ -2070,12 +2077,12 @@ def test_equinox(vmaps):
     ids = {1: VALID, 2: MANY}[vmaps]
 
     def loss(model, ids):
-        def of_one(i):
+        def predict(i):
             return model.mlp(model.embedding(i))
 
         for _ in range(vmaps):
-            of_one = jax.vmap(of_one)
-        return jnp.mean(of_one(ids) ** 2)
+            predict = jax.vmap(predict)
+        return jnp.mean(predict(ids) ** 2)
 
     # Activation functions are leaves of the module.
     assert any(callable(x) and not is_array(x) for x in jax.tree.leaves(model))
@@ -2091,60 +2098,56 @@ def descent_step(vg):
     def step(p, ids):
         value, grads = vg(p, ids)
         return value, adamjax.apply_updates(
-            p, jax.tree.map(lambda g: g * -0.5, grads, is_leaf=is_gradient)
+            p, jax.tree.map(lambda g: g * -0.5, grads, is_leaf=is_rows_or_none)
         )
 
     return step
 
 
-def test_donation():
+def test_a_jitted_step_reuses_donated_parameters():
     """JAX warns if it cannot reuse a donated buffer, and a warning is an error in the tests."""
-    step = jax.jit(descent_step(adamjax.value_and_grad(simple, "table")), donate_argnums=0)
+    step = jax.jit(descent_step(adamjax.value_and_grad(simple_loss, "table")), donate_argnums=0)
     p = jax.tree.map(jnp.array, params())
     donated = p["table"]
     value, p = step(p, MANY)
     assert donated.is_deleted()
-    assert_equal((value, p), descent_step(jax.value_and_grad(simple))(params(), MANY))
+    assert_equal((value, p), descent_step(jax.value_and_grad(simple_loss))(params(), MANY))
 
 
-def test_under_vmap():
-    """One gradient for each example."""
-    vg = adamjax.value_and_grad(simple, "table")
+def test_vmap_returns_a_gradient_for_each_example():
+    vg = adamjax.value_and_grad(simple_loss, "table")
     value, grads = jax.jit(jax.vmap(vg, in_axes=(None, 0)))(params(), MANY)
-    expected = jax.vmap(jax.value_and_grad(simple), in_axes=(None, 0))(params(), MANY)
+    expected = jax.vmap(jax.value_and_grad(simple_loss), in_axes=(None, 0))(params(), MANY)
     assert grads["table"].values.shape == (*MANY.shape, D)
     for i, ids in enumerate(MANY):
         check_rows(jax.tree.map(lambda x, i=i: x[i], grads["table"]), PARAMS["table"], Rows(ids))
     assert_equal((value, jax.vmap(dense)(grads)), expected)
 
 
-def test_under_vmap_over_models():
-    """One gradient for each member of an ensemble. Each member has its own table."""
+def test_vmap_returns_a_gradient_for_each_model_of_an_ensemble():
     stacked = jax.tree.map(
         lambda *x: jnp.stack(x), params(), {**params(), "table": halves(V, D, seed=9)}
     )
     ids = MANY[:2]
-    both = [jax.vmap(f(simple)) for f in (by_rows, jax.value_and_grad)]
+    both = [jax.vmap(f(simple_loss)) for f in (by_rows, jax.value_and_grad)]
     (value, grads), expected = run_unoptimized(lambda *args: [f(*args) for f in both], stacked, ids)
     assert grads["table"].values.shape == (2, 4, D)
     assert_equal((value, jax.vmap(dense)(grads)), expected)
 
 
-def test_in_a_scan():
-    """A scan takes the training steps."""
-
+def test_a_scan_over_training_steps_has_the_result_of_jax():
     def train(vg):
         step = descent_step(vg)
         return jax.jit(lambda p, batches: lax.scan(lambda p, b: step(p, b)[::-1], p, batches))
 
     batches = MANY[:2]
-    actual = train(adamjax.value_and_grad(simple, "table"))(params(), batches)
-    assert_equal(actual, train(jax.value_and_grad(simple))(params(), batches), exact=False)
+    actual = train(adamjax.value_and_grad(simple_loss, "table"))(params(), batches)
+    assert_equal(actual, train(jax.value_and_grad(simple_loss))(params(), batches), exact=False)
 
 
-def test_inside_remat_and_cond():
-    vg = adamjax.value_and_grad(simple, "table")
-    expected = jax.value_and_grad(simple)(params(), MANY)
+def test_value_and_grad_runs_inside_remat_and_cond():
+    vg = adamjax.value_and_grad(simple_loss, "table")
+    expected = jax.value_and_grad(simple_loss)(params(), MANY)
     value, grads = jax.checkpoint(vg)(params(), MANY)
     assert_equal((value, dense(grads)), expected)
     value, grads = lax.cond(True, vg, vg, params(), MANY)
@@ -2156,20 +2159,22 @@ def cubic(p, ids):
     return jnp.sum(rows * rows * (rows + p["w"]) * p["w"])
 
 
-def test_second_derivatives():
+def test_second_derivatives_are_those_of_jax():
     """Forward and reverse mode, with respect to all parameters, the table among them."""
     tangent = {"table": halves(V, D, seed=7), "w": np.float32(1.5)}
     tangent_of_w = {"table": np.zeros((V, D), np.float32), "w": np.float32(1)}
 
     def derivatives(value_and_grad, p):
-        def of(p):
+        def value_and_dense(p):
             value, grads = value_and_grad(cubic)(p, MANY)
             return value, dense(grads)
 
         def penalty(p):
-            return sum(jnp.sum(g * g) for g in jax.tree.leaves(of(p)[1]))
+            return sum(jnp.sum(g * g) for g in jax.tree.leaves(value_and_dense(p)[1]))
 
-        return [jax.jvp(of, (p,), (t,)) for t in (tangent, tangent_of_w)], jax.grad(penalty)(p)
+        return [jax.jvp(value_and_dense, (p,), (t,)) for t in (tangent, tangent_of_w)], jax.grad(
+            penalty
+        )(p)
 
     both = [functools.partial(derivatives, f) for f in (by_rows, jax.value_and_grad)]
     actual, expected = run_unoptimized(lambda p: [f(p) for f in both], params())
@@ -2182,7 +2187,7 @@ DEVICES = 8
 SHARDS = np.random.default_rng(5).integers(-2, V + 2, (DEVICES, 6)).astype(np.int32)
 
 
-def of_shards(p, ids):
+def loss_of_shards(p, ids):
     return quad(p, jnp.take(p["table"], ids, axis=0, mode="fill", fill_value=0.5))
 
 
@@ -2190,8 +2195,8 @@ def mapped(function, mesh, in_specs, out_specs):
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
 
-def over_devices():
-    """Runs in a process of its own, which has several devices."""
+def compare_on_devices():
+    """Compares with JAX in a process of its own, which has several devices."""
     assert jax.device_count() == DEVICES
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
     batch, replicated = jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec()
@@ -2200,8 +2205,8 @@ def over_devices():
     ids = jax.device_put(SHARDS, sharding(batch))
 
     # The batch is sharded, and the parameters are replicated.
-    value, grads = jax.jit(adamjax.value_and_grad(of_shards, "table"))(p, ids)
-    expected = jax.value_and_grad(of_shards)(params(), SHARDS)
+    value, grads = jax.jit(adamjax.value_and_grad(loss_of_shards, "table"))(p, ids)
+    expected = jax.value_and_grad(loss_of_shards)(params(), SHARDS)
     check_rows(grads["table"], PARAMS["table"], Rows(SHARDS))
     assert_equal((value, dense(grads)), expected)
 
@@ -2209,17 +2214,17 @@ def over_devices():
     for spec in (jax.sharding.PartitionSpec("batch"), jax.sharding.PartitionSpec(None, "batch")):
         wide = params(num_rows=16, trailing=(16,))
         sharded = {**wide, "table": jax.device_put(wide["table"], sharding(spec))}
-        value, grads = jax.jit(adamjax.value_and_grad(of_shards, "table"))(sharded, ids)
+        value, grads = jax.jit(adamjax.value_and_grad(loss_of_shards, "table"))(sharded, ids)
         check_rows(grads["table"], wide["table"], Rows(np.arange(16), SHARDS.size))
-        assert_equal((value, dense(grads)), jax.value_and_grad(of_shards)(wide, SHARDS))
+        assert_equal((value, dense(grads)), jax.value_and_grad(loss_of_shards)(wide, SHARDS))
 
     # The loss has a sharding constraint on the table.
     def constrained(p, ids):
         table = lax.with_sharding_constraint(p["table"], sharding(replicated))
-        return of_shards({**p, "table": table}, ids)
+        return loss_of_shards({**p, "table": table}, ids)
 
     value, grads = jax.jit(adamjax.value_and_grad(constrained, "table"))(p, ids)
-    expected = jax.value_and_grad(of_shards)(params(), SHARDS)
+    expected = jax.value_and_grad(loss_of_shards)(params(), SHARDS)
     assert_equal((value, dense(grads)), expected)
 
     # Inside of a shard_map, each device computes the gradient of its own examples. Parameters are
@@ -2227,42 +2232,42 @@ def over_devices():
     def vary(x):
         return as_varying(x, ("batch",))
 
-    def own(p, ids):
+    def grads_of_shard(p, ids):
         p = jax.tree.map(vary, p)
-        value, grads = adamjax.value_and_grad(of_shards, "table", strict=True)(p, ids[0])
+        value, grads = adamjax.value_and_grad(loss_of_shards, "table", strict=True)(p, ids[0])
         return jax.tree.map(lambda x: x[None], (value, grads))
 
-    values, grads = jax.jit(mapped(own, mesh, (replicated, batch), batch))(p, ids)
+    values, grads = jax.jit(mapped(grads_of_shard, mesh, (replicated, batch), batch))(p, ids)
     for i, shard in enumerate(SHARDS):
         one = jax.tree.map(lambda x, i=i: x[i], grads)
         check_rows(one["table"], PARAMS["table"], Rows(shard))
-        expected = jax.value_and_grad(of_shards)(params(), shard)
+        expected = jax.value_and_grad(loss_of_shards)(params(), shard)
         assert_equal((values[i], dense(one)), expected)
 
-    # The same, and `sum_over` sums the row gradients over the devices.
+    # `sum_over` sums these row gradients over the devices.
     def summed(p, ids):
-        grads = adamjax.grad(of_shards, "table")(jax.tree.map(vary, p), ids[0])
+        grads = adamjax.grad(loss_of_shards, "table")(jax.tree.map(vary, p), ids[0])
         grads = adamjax.sum_over("batch").update(grads, (), p)[0]
         return jax.tree.map(lambda x: x[None], dense(grads))
 
     total = jax.jit(mapped(summed, mesh, (replicated, batch), batch))(p, ids)
-    of_shard = [jax.grad(of_shards)(params(), shard) for shard in SHARDS]
+    of_shard = [jax.grad(loss_of_shards)(params(), shard) for shard in SHARDS]
     expected = jax.tree.map(lambda *grads: sum(grads), *of_shard)
     for i in range(DEVICES):
         assert_equal(jax.tree.map(lambda x, i=i: x[i], total), expected)
 
     # The loss has a shard_map.
-    def parted(p, ids):
-        def part(p, ids):
-            return lax.psum(of_shards(p, ids[0]), "batch")
+    def mapped_loss(p, ids):
+        def sum_of_losses(p, ids):
+            return lax.psum(loss_of_shards(p, ids[0]), "batch")
 
-        return mapped(part, mesh, (replicated, batch), replicated)(p, ids)
+        return mapped(sum_of_losses, mesh, (replicated, batch), replicated)(p, ids)
 
-    expected = jax.jit(jax.value_and_grad(parted))(p, ids)
-    value, grads = jax.jit(adamjax.value_and_grad(parted, "table"))(p, ids)
+    expected = jax.jit(jax.value_and_grad(mapped_loss))(p, ids)
+    value, grads = jax.jit(adamjax.value_and_grad(mapped_loss, "table"))(p, ids)
     assert_equal((value, dense(grads)), expected)
 
 
 @pytest.mark.slow
-def test_over_devices():
-    run_on_devices(DEVICES, "import test_autodiff; test_autodiff.over_devices()")
+def test_gradients_on_several_devices_are_those_of_jax():
+    run_on_devices(DEVICES, "import test_autodiff; test_autodiff.compare_on_devices()")

@@ -1,7 +1,8 @@
 """Configs: transforms are written as JSON and read back, and Keras' dictionaries are read.
 
-Keras 3 itself runs here; what tf.keras' optimizers do is in data/keras_f64.npz. The end of the
-file has a test for every line of the table of Keras' names in docs/coming-from.md.
+Transforms made from Keras' dictionaries are compared with Keras 3 itself, and with trajectories of
+tf.keras' optimizers in data/keras_f64.npz. Each line of the table of Keras' names in
+docs/coming-from.md has a test, `test_line_...`.
 """
 
 import copy
@@ -87,7 +88,7 @@ def needs_keras(test):
 
 
 def through_json(config):
-    """The config after it was written and read."""
+    """The config, written to JSON and read back."""
     return json.loads(json.dumps(config, allow_nan=False))
 
 
@@ -101,10 +102,10 @@ def assert_round_trip(tx, **options):
     assert to_config(made) == config == before
 
 
-# --- there and back -------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------
 
-# The cases of the laws that a config cannot hold, and what the error says.
-NOT_HELD = {
+# The cases of the laws that a config cannot describe, and the errors.
+WITHOUT_CONFIG = {
     "masked by a function": "masked.tx.transforms[1].mask is the function matrices",
     "optax in our chain": "chain.transforms[1] is foreign(",
     "ours in optax.chain": "foreign is foreign(",
@@ -130,12 +131,12 @@ NOT_IN_THE_LAWS = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
-def test_every_case_of_the_laws(case):
-    if case.name not in NOT_HELD:
+def test_every_case_of_the_laws_survives_a_round_trip_or_is_refused(case):
+    if case.name not in WITHOUT_CONFIG:
         assert_round_trip(case.tx)
         assert from_config(to_config(case.tx)) == case.make()
         return
-    with pytest.raises(TypeError, match=re.escape(NOT_HELD[case.name])):
+    with pytest.raises(TypeError, match=re.escape(WITHOUT_CONFIG[case.name])):
         to_config(case.tx)
 
 
@@ -144,7 +145,7 @@ def test_every_case_of_the_laws(case):
     NOT_IN_THE_LAWS,
     ids=[f"{type(tx).__name__}-{i}" for i, tx in enumerate(NOT_IN_THE_LAWS)],
 )
-def test_what_the_laws_do_not_have(tx):
+def test_transforms_that_are_not_in_the_laws_survive_a_round_trip(tx):
     assert_round_trip(tx)
 
 
@@ -159,7 +160,7 @@ def classes_in(config):
 
 
 def test_every_class_has_a_config():
-    txs = [case.tx for case in CASES if case.name not in NOT_HELD] + NOT_IN_THE_LAWS
+    txs = [case.tx for case in CASES if case.name not in WITHOUT_CONFIG] + NOT_IN_THE_LAWS
     seen = {name for tx in txs for name in classes_in(to_config(tx))}
     public = {
         name
@@ -171,7 +172,7 @@ def test_every_class_has_a_config():
     assert seen == set(_own_classes()) == public - {"shard_state"}
 
 
-def test_the_form():
+def test_a_config_has_the_class_and_all_fields_of_each_part():
     tx = chain(clip_by_value(1), scale_by_learning_rate(by_path([("b$", 0.5)], default=1.0)))
     assert to_config(tx) == {
         "class": "chain",
@@ -190,7 +191,7 @@ def test_the_form():
     }
 
 
-def test_defaults_may_be_left_out():
+def test_fields_with_defaults_may_be_left_out():
     assert from_config({"class": "scale_by_adam", "nesterov": True}) == scale_by_adam(nesterov=True)
     config = {"class": "exact_rows", "tx": to_config(adam(0.1)), "tables": ["table"]}
     assert from_config(config) == exact_rows(adam(0.1), "table")
@@ -227,7 +228,7 @@ rates = (
 
 
 def in_order(parts):
-    """A chain whose learning rates are after its weight decay, as it demands."""
+    """A chain with its learning rates last, because a chain refuses weight decay after them."""
     return chain(*sorted(parts, key=lambda tx: tx.descends))
 
 
@@ -248,12 +249,12 @@ transforms = st.recursive(
 
 @settings(max_examples=100, deadline=None)
 @given(transforms)
-def test_whatever_is_composed(tx):
+def test_drawn_transforms_survive_a_round_trip(tx):
     assert_round_trip(tx)
 
 
 class odd(Transform):
-    """A transform with a field of every kind that a config can hold."""
+    """A transform with fields of every type that a config can hold."""
 
     number: float
     items: list
@@ -284,7 +285,7 @@ CUSTOM = [
 
 
 @pytest.mark.parametrize("tx", CUSTOM)
-def test_classes_of_ones_own(tx):
+def test_custom_classes_survive_a_round_trip(tx):
     assert_round_trip(tx, custom=[odd, harmonic])
     assert_round_trip(masked(adam(harmonic()), "w"), custom=(harmonic,))
 
@@ -295,7 +296,7 @@ def test_negative_zero_and_large_integers_are_exact():
     assert made.items == [2**80]
 
 
-def test_factories_of_defaults():
+def test_a_default_factory_makes_a_field_that_was_left_out():
     assert from_config({"class": "harmonic"}, custom=[harmonic]) == harmonic(1.0, ())
 
 
@@ -313,7 +314,7 @@ def test_arrays_keep_value_and_dtype(dtype):
         assert_same(from_config(to_config(tx), custom=[odd]).number, x)
 
 
-def test_arrays_of_extremes():
+def test_extreme_floats_in_arrays_are_exact():
     info = jnp.finfo(jnp.float32)
     extremes = [np.inf, -np.inf, info.max, info.tiny, info.smallest_subnormal, 0.1, -0.0]
     x = jnp.asarray(np.array(extremes, np.float32))
@@ -322,7 +323,7 @@ def test_arrays_of_extremes():
     assert np.isnan(nan.number).all()
 
 
-def test_float64_arrays():
+def test_float64_arrays_need_x64():
     with enable_x64():
         tx = adam(jnp.asarray(np.array(0.1)), b1=jnp.float32(0.9))
         config = to_config(tx)
@@ -332,18 +333,18 @@ def test_float64_arrays():
         from_config(config)
 
 
-def test_weak_types_become_strong():
+def test_weakly_typed_arrays_become_strongly_typed():
     made = from_config(to_config(adam(jnp.asarray(0.1))))
     assert made == adam(jnp.asarray(0.1))
     assert not made.transforms[1].learning_rate.weak_type
 
 
-def test_a_hundred_rates():
+def test_an_array_of_a_hundred_rates_survives_a_round_trip():
     tx = adam(jnp.logspace(-4, 1, 100))
     assert_round_trip(tx)
 
 
-# --- what a config cannot hold --------------------------------------------------------------------
+# --- refused transforms and configs ---------------------------------------------------------------
 
 
 def mask(tree):
@@ -351,7 +352,7 @@ def mask(tree):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: adamw(mask=mask), "chain.transforms[1].mask is the function mask"),
         (lambda: masked(adam(), mask), "masked.pattern is the function mask"),
@@ -373,35 +374,35 @@ def mask(tree):
         (lambda: 3, "expected a transform"),
     ],
 )
-def test_refused(make, said):
-    with pytest.raises(TypeError, match=re.escape(said)):
+def test_values_that_a_config_cannot_hold_are_refused_with_their_place(make, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
         to_config(make())
 
 
-def test_what_is_traced_is_refused():
-    def encoded(rate):
+def test_traced_values_are_refused():
+    def write_config(rate):
         to_config(adam(rate))
         return rate
 
     with pytest.raises(TypeError, match=r"transforms\[1\].learning_rate is being traced"):
-        jax.jit(encoded)(0.1)
+        jax.jit(write_config)(0.1)
 
 
-def test_names_must_differ():
+def test_two_classes_of_one_name_are_refused():
     mine = type("scale", (Transform,), {"__annotations__": {"x": float}})
     with pytest.raises(TypeError, match="scale is the name of one of adamjax's own"):
         to_config(mine(1.0))
     with pytest.raises(ValueError, match="scale is the name of one of adamjax's own"):
         from_config({"class": "identity"}, custom=[mine])
-    twin = type("odd", (Transform,), {})
+    other_odd = type("odd", (Transform,), {})
     with pytest.raises(ValueError, match="odd is the name of two classes"):
-        from_config({"class": "identity"}, custom=[odd, twin])
+        from_config({"class": "identity"}, custom=[odd, other_odd])
     with pytest.raises(TypeError, match=r"subclasses of adamjax\.Transform"):
         from_config({"class": "identity"}, custom=[adam])
 
 
 @pytest.mark.parametrize(
-    ("config", "error", "said"),
+    ("config", "error", "message"),
     [
         (
             "{}",
@@ -495,8 +496,8 @@ def test_names_must_differ():
         ),
     ],
 )
-def test_configs_that_are_wrong(config, error, said):
-    with pytest.raises(error, match=re.escape(said)):
+def test_wrong_configs_are_refused(config, error, message):
+    with pytest.raises(error, match=re.escape(message)):
         from_config(config)
 
 
@@ -504,12 +505,13 @@ def test_configs_that_are_wrong(config, error, said):
 
 ORACLE = Oracle("keras_f64.npz")
 # In float64, Keras rounds the rate to float32, and so does the config, which is made from Keras'
-# variable. All else is float64, but for the cosine of a schedule, which Keras computes in float32.
+# variable. Everything else is float64, except the cosine of a schedule, which Keras computes in
+# float32.
 EXACT_TOLERANCE, COSINE_TOLERANCE = 1e-12, 2e-7
 
 ACCUMULATED = {"gradient_accumulation_steps": 2}
 EVERYTHING = {"weight_decay": 0.1, "use_ema": True, "ema_momentum": 0.9}
-# By name: the arguments of `keras_optimizer`.
+# The arguments of `keras_optimizer`, by the name of the run.
 RUNS = {
     "Adam": ("Adam", {}),
     "Adam, hyper": ("Adam", {"beta_1": 0.8, "beta_2": 0.95, "epsilon": 1e-3}),
@@ -547,7 +549,7 @@ def keras_optimizer(keras, name, options, schedule=None):
 
     Args:
       name: its class.
-      options: its arguments, but for the learning rate.
+      options: its arguments, except the learning rate.
       schedule: the class of a schedule and the schedule's arguments; without it the rate is 0.05.
     """
     rate = 0.05
@@ -557,19 +559,19 @@ def keras_optimizer(keras, name, options, schedule=None):
 
 
 def keras_run(keras, optimizer, precision):
-    """The weights and averages of ten steps of a real optimizer, each with an axis of steps."""
+    """The weights and averages in ten steps of a Keras optimizer, with a leading axis of steps."""
     leaves, treedef = jax.tree.flatten(ORACLE.start)
     weights = [keras.Variable(p, dtype=precision) for p in leaves]
     optimizer.build(weights)
     averages = optimizer._model_variables_moving_average if optimizer.use_ema else []
     history, apply = [], optimizer.apply
     if optimizer.gradient_accumulation_steps:
-        # Uncompiled, its `cond` would be compiled anew in every step.
+        # Outside of `jit`, JAX would compile its `cond` again in every step.
         stateless = jax.jit(optimizer.stateless_apply)
 
         def apply(grads):
             slots = optimizer.variables
-            # It takes the slots first and returns the weights first.
+            # The slots are the first argument, and the weights the first result.
             new_weights, new_slots = stateless(
                 [v.value for v in slots], grads, [v.value for v in weights]
             )
@@ -591,12 +593,12 @@ def keras_run(keras, optimizer, precision):
     "keras_arguments", RUNS.values(), ids=[name.replace(", ", "-") for name in RUNS]
 )
 @pytest.mark.slow
-def test_the_trajectory_of_keras_3(keras, keras_arguments, precision):
+def test_a_transform_from_keras_3_has_its_trajectory(keras, keras_arguments, precision):
     with enable_x64(precision == "float64"):
         optimizer = keras_optimizer(keras, *keras_arguments)
         config = keras.optimizers.serialize(optimizer)
         expected, expected_averages = keras_run(keras, optimizer, precision)
-    # The transform comes from JSON. Keras' `get_config`, which lacks the class, gives the same one.
+    # `get_config` does not contain the class, but gives the same transform.
     tx = from_config(through_json(config))
     assert from_config(optimizer.get_config()) == tx
     micro_batches = optimizer.gradient_accumulation_steps or 1
@@ -614,9 +616,9 @@ def test_the_trajectory_of_keras_3(keras, keras_arguments, precision):
     def follows_from_the_start(actual, expected, weights, start):
         # Keras' average starts from the weights after the first step, ours from those before it.
         # This difference decays by the momentum. Until the first step Keras has no average.
-        call = micro_batches - 1  # the one that takes the first step; calls before it accumulate
-        t = np.arange(STEPS).reshape(-1, *[1] * start.ndim) - call
-        difference = optimizer.ema_momentum ** np.maximum(t + 1.0, 0) * (start - weights[call])
+        first = micro_batches - 1  # the call that takes the first step; earlier calls accumulate
+        t = np.arange(STEPS).reshape(-1, *[1] * start.ndim) - first
+        difference = optimizer.ema_momentum ** np.maximum(t + 1.0, 0) * (start - weights[first])
         expected = np.where(t < 0, start, expected.astype(np.float64) + difference)
         follows(actual, expected, start)
 
@@ -628,7 +630,7 @@ def test_the_trajectory_of_keras_3(keras, keras_arguments, precision):
 def test_defaults_are_those_of_keras(keras, name):
     optimizer = getattr(keras.optimizers, name)(learning_rate=0.5)
     tx = from_config(optimizer.get_config())
-    # A dictionary that a person wrote, without the options that have their default.
+    # A dictionary written by hand, without the options that have their default.
     assert from_config({"class_name": name, "config": {"learning_rate": 0.5}}) == tx
     assert from_config({"class_name": name.lower(), "config": {"learning_rate": 0.5}}) == tx
     ours = {"Adam": adam, "AdamW": adamw, "Nadam": nadam}
@@ -642,7 +644,7 @@ SCHEDULES = [arguments[2] for arguments in RUNS.values() if len(arguments) > 2]
 
 @needs_keras
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule[0])
-def test_schedules_by_themselves(keras, schedule):
+def test_a_schedule_from_keras_has_its_rates(keras, schedule):
     theirs = getattr(keras.optimizers.schedules, schedule[0])(*schedule[1:])
     config = keras.optimizers.schedules.serialize(theirs)
     ours = from_config(through_json(config))
@@ -653,7 +655,7 @@ def test_schedules_by_themselves(keras, schedule):
 
 
 @needs_keras
-def test_names_that_keras_counts_up(keras):
+def test_names_that_keras_numbers_are_read(keras):
     for name in ("Adam", "AdamW", "Adamax", "Nadam"):
         optimizers = [getattr(keras.optimizers, name)() for _ in range(11)]
         configs = [optimizer.get_config() for optimizer in optimizers]
@@ -677,14 +679,14 @@ def test_averages_that_overwrite_differ_by_their_start(keras):
         assert_follows(
             actual[:2], expected[:2], start, precision="float64", tolerance=EXACT_TOLERANCE
         )
-        late = 0.9**3 * (start - expected[0])
-        assert np.abs(late).max() > 1e-2
-        np.testing.assert_allclose(actual[2] - expected[2], late, rtol=0, atol=1e-9)
+        difference = 0.9**3 * (start - expected[0])
+        assert np.abs(difference).max() > 1e-2
+        np.testing.assert_allclose(actual[2] - expected[2], difference, rtol=0, atol=1e-9)
 
     jax.tree.map(differs, weights, expected, ORACLE.start)
 
 
-# --- tf.keras, as its versions wrote dictionaries -------------------------------------------------
+# --- dictionaries of tf.keras ---------------------------------------------------------------------
 
 CLIP_ARGUMENTS = {
     "clipvalue": {"clipvalue": 0.3},
@@ -711,10 +713,10 @@ def schedule_config(initial, module):
 
 
 def written_by(system, optimizer, variant):
-    """The dictionary that a system wrote for a case.
+    """The dictionary that a system writes for a case.
 
     The systems are those of data/README.md: "legacy" and "new" are the two generations of tf_keras.
-    What a system kept in a variable is a float32 of NumPy in the dictionary.
+    A number that a system keeps in a variable is a NumPy float32 in the dictionary.
     """
     v = VARIANTS[variant]
     rate = np.float32(v.learning_rate)
@@ -762,16 +764,18 @@ def written_by(system, optimizer, variant):
     return {"class_name": KERAS_CLASS.get(optimizer, "Adam"), "config": config}
 
 
-TF_KERAS = [case for case in ORACLE.weights if not case.startswith("k3jax")]
+TF_KERAS_CASES = [case for case in ORACLE.weights if not case.startswith("k3jax")]
 
 
-@pytest.mark.parametrize("case", TF_KERAS, ids=[case.replace("|", "-") for case in TF_KERAS])
-def test_the_trajectory_of_tf_keras(case):
+@pytest.mark.parametrize(
+    "case", TF_KERAS_CASES, ids=[case.replace("|", "-") for case in TF_KERAS_CASES]
+)
+def test_a_transform_from_tf_keras_has_its_trajectory(case):
     system, optimizer, variant = case.split("|")
     config = written_by(system, optimizer, variant)
     tx = from_config(config)
     assert from_config(config["config"]) == tx
-    # tf_keras rounds beta inside its powers: data/README.md.
+    # The system `new` rounds beta to float32 in its powers: data/README.md.
     tolerance = 2e-5 if system == "new" else 2e-6
     weights, averages, _ = run(tx, ORACLE.start, ORACLE.grads, "float64")
     jax.tree.map(
@@ -788,12 +792,12 @@ def test_the_trajectory_of_tf_keras(case):
         )
 
 
-def test_every_system_is_there():
-    assert {case.split("|")[0] for case in TF_KERAS} == {"legacy", "new", "multilr"}
-    assert len(TF_KERAS) == 71
+def test_the_cases_of_tf_keras_are_of_three_systems():
+    assert {case.split("|")[0] for case in TF_KERAS_CASES} == {"legacy", "new", "multilr"}
+    assert len(TF_KERAS_CASES) == 71
 
 
-# --- which version, and what it does --------------------------------------------------------------
+# --- differences between the versions of Keras ----------------------------------------------------
 
 # Options that show which version wrote a dictionary.
 LEGACY = {"is_legacy_optimizer": True}
@@ -803,7 +807,7 @@ KERAS_3 = {"loss_scale_factor": None, "gradient_accumulation_steps": None}
 
 
 def from_keras_adam(**config):
-    """What a dictionary of Keras' Adam with these options, and no others, becomes."""
+    """The transform from a dictionary of Keras' Adam with only these options."""
     return from_config({"class_name": "Adam", "config": config})
 
 
@@ -828,12 +832,12 @@ def from_keras_adam(**config):
         ({}, {"clipnorm": 0.5}, (clip_by_norm(0.5),)),
     ],
 )
-def test_which_clip_wins(version, clips, expected):
+def test_the_version_decides_which_clips_apply(version, clips, expected):
     assert from_keras_adam(**version, **clips).transforms[:-2] == expected
 
 
 @pytest.mark.parametrize(
-    ("version", "clips", "said"),
+    ("version", "clips", "message"),
     [
         (LEGACY, {"clipnorm": 1.0, "global_clipnorm": 1.0}, "only one of clipnorm and global_clip"),
         (KERAS_2, {"clipnorm": 1.0, "global_clipnorm": 1.0}, "only one of clipnorm and global_cl"),
@@ -850,18 +854,18 @@ def test_which_clip_wins(version, clips, expected):
         (LEGACY, {"clipnorm": -1.0}, "clipnorm: clip_by_norm: max_norm must be finite"),
     ],
 )
-def test_clips_that_exclude_each_other(version, clips, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_clips_that_the_version_refuses_are_refused(version, clips, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         from_keras_adam(**version, **clips)
 
 
 @needs_keras
-def test_keras_3_refuses_them_too(keras):
+def test_keras_3_refuses_two_clips_too(keras):
     with pytest.raises(ValueError, match="Only one of `clipnorm`, `clipvalue`"):
         keras.optimizers.Adam(clipnorm=1.0, clipvalue=0.5)
 
 
-def test_rows_of_adamax_by_version():
+def test_the_version_decides_which_rows_adamax_moves():
     def adamax_of(**config):
         return from_config({"class_name": "Adamax", "config": config}).transforms[0]
 
@@ -874,13 +878,13 @@ def test_rows_of_adamax_by_version():
 KERAS_COSINE = {"initial_learning_rate": 0.1, "decay_steps": 10}
 
 
-def test_decay_multiplies_a_schedule():
+def test_the_option_decay_also_divides_a_schedule():
     schedule = {"class_name": "CosineDecay", "config": KERAS_COSINE}
     tx = from_keras_adam(learning_rate=schedule, decay=0.25)
     assert tx == adam(inverse_time_decay(cosine_decay(0.1, 10), 1, 0.25))
 
 
-def test_pattern_rates():
+def test_pattern_lrs_become_rates_by_path():
     groups = [
         {"patterns": ["^bert", "^emb"], "lr": 0.02},
         {"patterns": ["bias$"], "lr": {"class_name": "CosineDecay", "config": KERAS_COSINE}},
@@ -903,7 +907,7 @@ def test_pattern_rates():
     assert from_config(config | {"pattern_lrs": None}) == chain(*tx.transforms[:2], adam(0.05))
 
 
-def test_values_in_keras_wrappings():
+def test_values_that_keras_wraps_are_read():
     rate = {
         "module": "keras.optimizers.schedules",
         "class_name": "PiecewiseConstantDecay",
@@ -922,15 +926,15 @@ def test_values_in_keras_wrappings():
     assert from_keras_adam(learning_rate=rate, beta_1=beta) == expected
 
 
-def test_keras_dictionaries_as_parts():
+def test_a_part_may_be_a_dictionary_of_keras():
     config = {"class": "exact_rows", "tx": {"class_name": "AdamW"}, "tables": "table"}
     assert from_config(config) == exact_rows(adamw(), "table")
 
 
 def test_options_without_an_effect_are_ignored():
-    quiet = {"jit_compile": True, "is_legacy_optimizer": False, "name": "mine", "mesh": None}
-    quiet |= dict.fromkeys(("gradient_transformers", "gradient_aggregator", "ema_option"))
-    assert from_keras_adam(**quiet, ema_momentum=7, ema_overwrite_frequency=-1) == adam()
+    ignored = {"jit_compile": True, "is_legacy_optimizer": False, "name": "mine", "mesh": None}
+    ignored |= dict.fromkeys(("gradient_transformers", "gradient_aggregator", "ema_option"))
+    assert from_keras_adam(**ignored, ema_momentum=7, ema_overwrite_frequency=-1) == adam()
     assert from_keras_adam(loss_scale_factor=1.0, gradient_accumulation_steps=0) == adam()
     assert from_keras_adam(epsilon=None, **LEGACY) == from_keras_adam(epsilon=0, **LEGACY) == adam()
 
@@ -939,9 +943,9 @@ FUNCTION = {"class_name": "function", "config": "rate", "registered_name": "func
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "said"),
+    ("name", "config", "message"),
     [
-        # unknown and of another version
+        # options that are unknown or of another version
         ("Adam", {"learning_rte": 1}, "Adam of Keras 3 has no 'learning_rte'; expected ["),
         ("Adam", {"schedule_decay": 1.0}, "Adam of the legacy optimizers of tf.keras has no 'sch"),
         ("Adam", {"decay": 0.0, "use_ema": True}, "legacy optimizers of tf.keras has no 'use_ema'"),
@@ -974,7 +978,7 @@ FUNCTION = {"class_name": "function", "config": "rate", "registered_name": "func
         ("Adam", {"mesh": None, "gradients_clip_option": 1}, "DTensor Adam does not read it"),
         ("Adam", {"mesh": None, "ema_option": 1}, "DTensor Adam does not read it"),
         ("Adam", {"mesh": "mesh"}, "a mesh cannot be converted"),
-        # what cannot be honoured
+        # options that adamjax cannot honour
         (
             "Adam",
             {"loss_scale_factor": 1024.0},
@@ -1028,13 +1032,13 @@ FUNCTION = {"class_name": "function", "config": "rate", "registered_name": "func
         ("CosineDecay", {**KERAS_COSINE, "decay_steps": 0}, "cosine_decay: decay_steps must be"),
     ],
 )
-def test_what_keras_can_do_and_we_cannot(name, config, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_options_of_keras_that_adamjax_cannot_honour_are_refused(name, config, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         from_config({"class_name": name, "config": config})
 
 
 @pytest.mark.parametrize(
-    ("config", "error", "said"),
+    ("config", "error", "message"),
     [
         (
             {"name": "mine", "learning_rate": 0.1},
@@ -1055,7 +1059,7 @@ def test_what_keras_can_do_and_we_cannot(name, config, said):
             "'mine>Adam' is a class of your own, not Keras'",
         ),
         (
-            # What Keras writes for a subclass of its AdamW that is called AdamW too.
+            # Keras writes this for a subclass of its AdamW that is called AdamW too.
             {"module": None, "class_name": "AdamW", "config": {}, "registered_name": "AdamW"},
             ValueError,
             "'AdamW' is a class of your own, not Keras'",
@@ -1088,13 +1092,13 @@ def test_what_keras_can_do_and_we_cannot(name, config, said):
         ),
     ],
 )
-def test_dictionaries_of_keras_that_are_wrong(config, error, said):
-    with pytest.raises(error, match=re.escape(said)):
+def test_wrong_dictionaries_of_keras_are_refused(config, error, message):
+    with pytest.raises(error, match=re.escape(message)):
         from_config(config)
 
 
-def test_legacy_nadam_with_the_later_momentum():
-    # Its option decay is not that of the rate: it is that of the momentum, and 1 in later versions.
+def test_a_legacy_nadam_with_the_momentum_schedule_of_later_versions_is_read():
+    # Its option `decay` is not of the rate but of the momentum schedule: it is 1 in later versions.
     for key in ("decay", "schedule_decay"):
         assert from_config({"class_name": "Nadam", "config": {key: 1.0}}) == nadam()
 
@@ -1106,7 +1110,7 @@ def test_keras_dictionaries_are_not_changed():
     assert config == before
 
 
-def test_overwriting_at_every_micro_batch():
+def test_an_average_may_overwrite_the_weights_at_every_micro_batch():
     tx = from_keras_adam(
         use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=1, gradient_accumulation_steps=2
     )
@@ -1125,14 +1129,14 @@ START, END = "<!-- keras -->", "<!-- end keras -->"
 
 
 def table_lines():
-    """The lines of the table as pairs: what Keras' documents call it, and what it is here."""
+    """The lines of the table, as pairs of Keras' names and their equivalent in adamjax."""
     table = PAGE.read_text().partition(START)[2].partition(END)[0]
     rows = [line.strip().strip("|").split(" | ") for line in table.splitlines() if "|" in line]
     return [(theirs.strip(), ours.strip()) for theirs, ours in rows[2:]]
 
 
 def name_of_test(theirs):
-    """The end of the name of a line's test."""
+    """The name of a line's test, without `test_line_`."""
     return re.sub(r"[\W_]+", "_", theirs.lower()).strip("_")
 
 
@@ -1142,11 +1146,11 @@ def snippets(text):
 
 
 def squeezed(source):
-    """Source without what formatting changes."""
+    """Source without whitespace and trailing commas, which formatting changes."""
     return re.sub(r"\s", "", source).replace(",)", ")").replace(",]", "]")
 
 
-def test_every_line_of_the_table_is_a_test():
+def test_every_line_of_the_table_has_a_test_with_its_code():
     lines = table_lines()
     assert len(lines) > 40
     tests = {name.removeprefix("test_line_") for name in globals() if name.startswith("test_line_")}
@@ -1180,12 +1184,12 @@ def names_in_the_table():
 
 
 @pytest.mark.parametrize("version", MEMBERS)
-def test_the_table_has_what_tf_keras_had(version):
+def test_the_table_has_every_name_of_tf_keras(version):
     assert set(MEMBERS[version].split()) <= names_in_the_table()
 
 
 @needs_keras
-def test_the_table_has_what_keras_3_has(keras):
+def test_the_table_has_every_name_of_keras_3(keras):
     classes = [getattr(keras.optimizers, name) for name in ("Adam", "AdamW", "Adamax", "Nadam")]
     members = {name for cls in classes for name in dir(cls) if not name.startswith("_")}
     arguments = {name for cls in classes for name in inspect.signature(cls).parameters}
@@ -1211,11 +1215,11 @@ def after_steps(tx, steps=3, params=PARAMS, jit=False):
 
 
 def from_keras(name, /, **config):
-    """What a dictionary of Keras with this class, the rate 0.1 and these options becomes."""
+    """The transform from a dictionary of Keras with this class, the rate 0.1 and these options."""
     return from_config({"class_name": name, "config": {"learning_rate": 0.1, **config}})
 
 
-# Above, what `from_keras` makes is compared with Keras itself; here, with what the line says.
+# The tests above compare transforms with Keras; the tests below, with the code in the table.
 
 
 def test_line_learning_rate():
@@ -1301,7 +1305,7 @@ def test_line_gradient_accumulation_steps():
     params, _ = after_steps(tx, 4, jit=True)
     assert_close(params, after_steps(by_micro_batch, 4, jit=True)[0])
     assert learning_rate(tx, tx.init(PARAMS)) == pytest.approx(0.1)
-    # With a constant rate there is nothing to count.
+    # With a constant rate, the count of the rate has no effect.
     plain = accumulate_gradients(adam(0.1), steps=2)
     params, state = after_steps(plain, 4, jit=True)
     assert step_count(state) == 2
@@ -1349,10 +1353,10 @@ def test_line_mesh():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
     params, tx = jax.device_put(PARAMS, sharding), adam(0.1)
     state = tx.init(params)
-    told = adamjax.state_shardings(tx, params, mesh)
+    shardings = adamjax.state_shardings(tx, params, mesh)
     for slot in ("m", "v"):
         assert all(x.sharding == sharding for x in jax.tree.leaves(get_slot(state, slot)))
-        assert all(x == sharding for x in jax.tree.leaves(get_slot(told, slot)))
+        assert all(x == sharding for x in jax.tree.leaves(get_slot(shardings, slot)))
 
 
 def test_line_decay():
@@ -1436,8 +1440,8 @@ def test_line_a_callable_without_arguments_as_a_hyperparameter():
         from_keras_adam(learning_rate=f)
 
 
-def test_a_config_that_keras_has_read():
-    """Keras' `from_config` puts the schedule itself into the config that it is given."""
+def test_a_config_that_keras_has_changed_is_read():
+    """Keras' `from_config` puts a schedule object into the config that is its argument."""
     k = pytest.importorskip("keras").optimizers
     config = k.Adam(k.schedules.CosineDecay(0.1, 10)).get_config()
     expected = from_config(config)
@@ -1499,8 +1503,8 @@ def test_line_apply_gradients_apply_stateless_apply():
     state = tx.init(params)
     updates, state = tx.update(grads, state, params)
     params = apply_updates(params, updates)
-    # But for epsilon, the first step of Adam moves each weight by the rate, against the gradient's
-    # sign.
+    # Except for epsilon, the first step of Adam moves each weight by the rate, against the sign of
+    # the gradient.
     expected = jax.tree.map(
         lambda p, g: p - 0.1 * g / (jnp.abs(g) + 1e-7 / 0.001**0.5), PARAMS, GRADS
     )
@@ -1671,7 +1675,7 @@ def test_line_finalize_variable_values_overwrite_model_variables_with_average_va
 
 def test_line_exclude_from_weight_decay():
     tx = adamw(0.1, mask="^(?!.*bias[^/]*$)")
-    # Keras searches in the variable's name, without the layer's.
+    # Keras searches in the name of the variable, without the name of the layer.
     params = {"debias": {"kernel": jnp.ones(2), "bias": jnp.ones(1)}}
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     np.testing.assert_allclose(updates["debias"]["kernel"], -0.1 * 0.004 * np.ones(2), rtol=1e-6)
@@ -1680,7 +1684,7 @@ def test_line_exclude_from_weight_decay():
     assert from_config(config, mask="^(?!.*bias[^/]*$)") == tx
 
 
-def test_a_mask_is_given_beside_a_dictionary_of_keras():
+def test_a_mask_selects_the_leaves_that_a_dictionary_of_keras_decays():
     config = {"class_name": "AdamW", "config": {"learning_rate": 0.1, "weight_decay": 0.25}}
     expected = adamw(0.1, weight_decay=0.25, mask="^(?!.*bias)")
     assert from_config(config, mask="^(?!.*bias)") == expected
@@ -1714,11 +1718,14 @@ def test_line_from_config_keras_optimizers_deserialize_keras_optimizers_get():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "adam", "learning_rate": 0.1}, "not the key 'amsgrad'"),  # or a Lamb named adam
+        (
+            {"name": "adam", "learning_rate": 0.1},
+            "not the key 'amsgrad'",
+        ),  # it may be a Lamb named adam
         ({"optimizer_config": {"class_name": "Adam"}}, r'pass config."optimizer_config".'),
     ],
 )
-def test_dictionaries_that_may_be_of_something_else(config, message):
+def test_dictionaries_that_may_be_of_another_object_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         from_config(config)
 
@@ -1727,33 +1734,36 @@ def test_dictionaries_that_may_be_of_something_else(config, message):
 
 SCALE = {"class": "scale", "factor": 0.5}
 MALFORMED = {
-    "a list that is none": ({"list": 3}, r"'list': 3, which is not a list"),
-    "a dict that is none": ({"dict": [1]}, r"'dict': \[1\], which is not a dict"),
+    "a list that is a number": ({"list": 3}, r"'list': 3, which is not a list"),
+    "a dict that is a list": ({"dict": [1]}, r"'dict': \[1\], which is not a dict"),
     "keys of several types": ({None: 1, "a": 2}, r"the keys \['None', 'a'\]"),
     "text in an array": ({"array": ["a"], "dtype": "float32"}, r"\['a'\], expected numbers"),
     "a number as text": ({"array": "1", "dtype": "float32"}, r"array of '1', expected numbers"),
-    "nothing in an array": ({"array": None, "dtype": "float32"}, r"array of None, expected"),
-    "a fraction": ({"array": [1.5], "dtype": "int32"}, r"\[1.5\], which int32 cannot hold"),
+    "None in an array": ({"array": None, "dtype": "float32"}, r"array of None, expected"),
+    "a fraction in integers": (
+        {"array": [1.5], "dtype": "int32"},
+        r"\[1.5\], which int32 cannot hold",
+    ),
     "too large": ({"array": 300, "dtype": "int8"}, "300, which int8 cannot hold"),
     "infinite once rounded": ({"array": 1e300, "dtype": "float32"}, "which float32 cannot hold"),
-    "of objects": ({"array": 1, "dtype": "object"}, "dtype object, expected real floats"),
-    "complex": ({"array": 1, "dtype": "complex64"}, "dtype complex64, expected real"),
-    "no dtype": ({"array": 1, "dtype": "x"}, "'x'"),
+    "an array of objects": ({"array": 1, "dtype": "object"}, "dtype object, expected real floats"),
+    "a complex array": ({"array": 1, "dtype": "complex64"}, "dtype complex64, expected real"),
+    "an unknown dtype": ({"array": 1, "dtype": "x"}, "'x'"),
     "ragged": ({"array": [1, [2]], "dtype": "float32"}, "the config.factor: "),
     "text": ("0.1", "must be a number that is finite, got '0.1'"),
     "not a number": (math.nan, "factor must be finite, got nan"),
 }
 
 
-@pytest.mark.parametrize("what", MALFORMED)
-def test_malformed_values_are_refused_with_their_place(what):
-    value, message = MALFORMED[what]
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_values_are_refused_with_their_place(case):
+    value, message = MALFORMED[case]
     with pytest.raises((TypeError, ValueError), match=message) as caught:
         from_config({**SCALE, "factor": value})
     assert re.match(r"from_config: the config(: scale: |\.)factor", str(caught.value))
 
 
-def test_a_float_that_a_person_wrote_may_be_rounded():
+def test_a_float_that_was_written_by_hand_may_be_rounded():
     found = from_config({**SCALE, "factor": {"array": 0.1, "dtype": "float32"}})
     assert found.factor == np.float32(0.1)
     infinite = {"array": [math.inf], "dtype": "float32"}
@@ -1782,7 +1792,7 @@ def keras_3_adam_config(**options):
         ("loss_scale_factor", "1"),
     ],
 )
-def test_options_of_keras_of_another_kind_are_refused(option, value):
+def test_options_of_keras_of_another_type_are_refused(option, value):
     with pytest.raises(
         ValueError, match=rf"the config.{option}: expected (a number|true or false)"
     ):
@@ -1821,20 +1831,20 @@ def test_malformed_dictionaries_of_keras_are_refused(config, message):
     ],
 )
 def test_flags_are_true_or_false(name, config):
-    """The string "false" would be true."""
+    """In a condition, the string "false" would be true."""
     for value in ("false", "", 1, None):
         with pytest.raises(TypeError, match=rf"{name} must be True or False, got {value!r}"):
             from_config({**config, name: value})
 
 
-def test_hyperparams_that_are_no_dictionary_are_refused():
+def test_hyperparams_that_are_not_a_dictionary_are_refused():
     config = to_config(adamjax.with_hyperparams(adamjax.adam(0.1), learning_rate=0.1))
     for value in (None, 3, [], "b1", SCALE):
         with pytest.raises(TypeError, match="hyperparams must be a dictionary by their names"):
             from_config({**config, "hyperparams": value})
 
 
-def test_names_that_are_no_classes_are_explained():
+def test_names_that_are_not_classes_are_explained():
     with pytest.raises(ValueError, match=r"'adamw', which is a function.*to_config\(adamjax.adamw"):
         from_config({"class": "adamw", "learning_rate": 0.1})
     with pytest.raises(ValueError, match=r"does not have \(did you mean 'scale_by_adam'\?\)"):

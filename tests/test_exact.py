@@ -1,10 +1,12 @@
-"""Compares `exact_rows` with the dense optimizer, in float32, by the float64 reference.
+"""Compares the errors of `exact_rows` with those of the dense optimizer.
 
-A table is trained for 2,000 steps by `exact_rows`, by the same chain with dense gradients in
-float32, and by the float64 reference. An error is the mean distance of a table's elements to the
-reference. It is measured at the end, and on the way, in the rows that `lookup` reads after each
-step. The error of `exact_rows` may be 1.2 times that of the dense chain, or 2 times if rows
-catch up step by step, because the first moment outlives the second (b1 >= sqrt(b2); b2 for Adamax).
+A table is trained for 2,000 steps in three runs: in float32 by `exact_rows` and by the same chain
+with dense gradients, and by the float64 reference. The error of a float32 run is the mean distance
+of the table's elements to the reference. It is measured at the end, and after each step in the rows
+that `lookup` reads. The error of `exact_rows` may be 1.2 times that of the dense chain. It may be 2
+times that if rows catch up step by step, because the first moment decays no faster than the divisor
+(b1 >= sqrt(b2), or b1 >= b2 for Adamax). The largest error of an element may always be 2 times that
+of the dense chain.
 """
 
 import copy
@@ -84,12 +86,12 @@ class Config:
       form: the name of the rule's epsilon, "eps_hat" or "eps".
       betas, eps: the rule's.
       rate: "constant", "cosine", or "by hand": an array that is set before each step.
-      tail: what follows the rule: "decay", "average", both or neither.
+      tail: the transforms after the rule: "decay", "average", both or neither.
       size: rows and columns of each table.
-      history: "default", or "least": 256, or what the rule needs, if that is more.
-      tables: 1, or 2 of which the second has another learning rate by its path.
-      dense_every: after how many steps the gradient is dense once; 0 for never.
-      ticket: whether a step is prepared.
+      history: "default" is 65,536; "least" is 256, or the rule's minimum if that is more.
+      tables: the number of tables, 1 or 2. The second has half the learning rate.
+      dense_every: one step in this many has a dense gradient; 0: no step has.
+      ticket: whether `prepare` makes a ticket for each step.
     """
 
     rule: str = "adam"
@@ -107,7 +109,7 @@ class Config:
 
     @property
     def replays(self):
-        """Whether the first moment outlives the second, so that steps are repeated one by one."""
+        """Whether rows catch up step by step: m decays no faster than the divisor."""
         b1, b2 = self.betas
         return b1 >= {"amsgrad": 1.0, "adamax": b2}.get(self.rule, math.sqrt(b2))
 
@@ -116,7 +118,7 @@ class Config:
         return ["table", "second table"][: self.tables]
 
     def chain(self, rate):
-        """The chain with dense steps, for the rate of the step."""
+        """The chain; `rate` is the learning rate if it is set by hand."""
         scale_by, _ = RULES[self.rule]
         if self.rate == "cosine":
             rate = cosine_decay(LEARNING_RATE, STEPS)
@@ -133,7 +135,7 @@ class Config:
         )
 
     def exact(self, rate):
-        """The chain with rows kept exact."""
+        """`exact_rows` of the chain."""
         history = 65536
         if self.history == "least":
             history = max(256, least_history(self.chain(LEARNING_RATE)))
@@ -148,7 +150,7 @@ def halved(rate):
 
 
 def least_history(tx):
-    """The least history of a chain, as the message says that refuses less."""
+    """The minimal history of a chain, which the error for a shorter history names."""
     try:
         exact_rows(tx, "table", history=1)
     except ValueError as error:
@@ -161,11 +163,11 @@ def least_history(tx):
 
 @dataclasses.dataclass(repr=False)
 class Data:
-    """Everything that a run is given, in float32, by the names of leaves; see `random_data`.
+    """The data of a run, by the names of leaves; floats are float32. See `random_data`.
 
     Attributes:
       start: the parameters before the first step.
-      indices: [STEPS, n] for each table, padded with the number of rows, which is outside of it.
+      indices: [STEPS, n] for each table, padded with the number of rows, which is out of bounds.
       values: [STEPS, n, columns] for each table, the gradient at each index; for the kernel,
         [STEPS, *shape].
       dense: [number of dense steps, rows, columns] for each table, the gradients in these steps.
@@ -181,7 +183,7 @@ class Data:
     rates: np.ndarray
 
     def gradients(self):
-        """The dense gradients of all leaves, each [steps, ...] in float64; a kernel is last."""
+        """The dense gradients of all leaves, each [steps, ...] in float64; the kernel is last."""
         grads = {}
         for name, ids in self.indices.items():
             rows, columns = self.start[name].shape
@@ -199,7 +201,7 @@ def touch_counts(rng, rows, most):
     """[STEPS, rows], how often each step touches each row.
 
     The first five rows have special patterns. The others are touched at random, each with its own
-    probability, up to `most`.
+    probability of at most `most`.
     """
     counts = rng.random((STEPS, rows)) < 10 ** rng.uniform(math.log10(3e-4), math.log10(most), rows)
     patterns = [
@@ -217,7 +219,7 @@ def touch_counts(rng, rows, most):
 def indices_of(counts):
     """[STEPS, n] indices, each as often as it is touched, padded with the number of rows."""
     rows = counts.shape[1]
-    # Small tables always have the same width, so that nothing is compiled anew for other data.
+    # For small tables n has a fixed value, so other data need no compilation.
     width = 2 * rows if rows < 100 else int(counts.sum(1).max())
     indices = np.full((len(counts), width), rows, np.int32)
     for ids, row in zip(indices, counts, strict=True):
@@ -260,8 +262,8 @@ PROBES = 64  # rows that are read after each step
 
 @functools.cache
 def program(config, exact):
-    """A compiled run: the leaves at the end, their averages, and the rows after each step."""
-    make = config.exact if exact else config.chain
+    """A jitted run: the leaves at the end, their averages, and the rows after each step."""
+    make_tx = config.exact if exact else config.chain
 
     def gradients(x):
         grads = {
@@ -279,21 +281,21 @@ def program(config, exact):
         return apply_updates(params, updates), state
 
     def row_step(carry, x):
-        tx, ticket = make(x["rates"]), None
+        tx, ticket = make_tx(x["rates"]), None
         if exact and config.ticket:
             _, ticket = tx.prepare(*carry, x["indices"])
         return update(tx, gradients(x), carry, ticket)
 
     def dense_step(carry, x, dense):
         kernel = {"kernel": x["values"]["kernel"]}
-        return update(make(x["rates"]), {**dense, **kernel}, carry)
+        return update(make_tx(x["rates"]), {**dense, **kernel}, carry)
 
     def read(carry, x):
         params, state = carry
         probes = jnp.arange(min(PROBES, config.size[0]))
         if not exact:
             return {name: params[name][probes] for name in config.names}
-        tx = make(x["rates"])
+        tx = make_tx(x["rates"])
         return {name: tx.lookup(params, state, f"^{name}$", probes) for name in config.names}
 
     def run(start, x, dense):
@@ -301,20 +303,20 @@ def program(config, exact):
             carry = row_step(carry, x)
             return carry, read(carry, x)
 
-        def block(carry, blocks):
-            """Steps with rows, and then one with dense gradients."""
-            x, dense = blocks
+        def row_steps_and_dense_step(carry, data):
+            """Steps with row gradients, and then one with dense gradients."""
+            x, dense = data
             before, last = jax.tree.map(lambda a: a[:-1], x), jax.tree.map(lambda a: a[-1], x)
             carry, rows = jax.lax.scan(step, carry, before)
             carry = dense_step(carry, last, dense)
             final = read(carry, last)
             return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), rows, final)
 
-        tx = make(x["rates"][0])
+        tx = make_tx(x["rates"][0])
         carry = start, tx.init(start)
         if config.dense_every:
             x = jax.tree.map(lambda a: a.reshape(-1, config.dense_every, *a.shape[1:]), x)
-            carry, rows = jax.lax.scan(block, carry, (x, dense))
+            carry, rows = jax.lax.scan(row_steps_and_dense_step, carry, (x, dense))
             rows = jax.tree.map(lambda a: a.reshape(STEPS, *a.shape[2:]), rows)
         else:
             carry, rows = jax.lax.scan(step, carry, x)
@@ -331,7 +333,7 @@ def trained(config, data, exact):
 
 
 def reference_run(config, data):
-    """What `program` gives, for the tables in float64 by the reference."""
+    """The results of `program`, for the tables alone, by the float64 reference."""
     _, rule = RULES[config.rule]
     grads = data.gradients()
     clip = CLIPS[config.clip][1]
@@ -347,8 +349,8 @@ def reference_run(config, data):
             "by hand": lambda count: float(data.rates[count]),
         }[config.rate]
         blocks = []
-        # Rows do not depend on each other, so they are computed in blocks: all steps of all rows
-        # would fill the memory.
+        # Rows do not depend on each other, so they are computed in blocks. All steps of all rows
+        # at once would fill the memory.
         for start in range(0, config.size[0], 256):
             block = slice(start, start + 256)
             weights, average = reference.descend(
@@ -366,36 +368,36 @@ def reference_run(config, data):
 
 
 def errors(config, result, expected):
-    """The errors of a run, by table and by what is compared.
+    """The errors of a run, by table and kind.
 
-    `"end"`, `"average"` (of the weights) and `"way"` (along the run) are mean errors. `"largest"`
-    is the largest error along the run.
+    The kinds `"end"`, `"average"` (of the weights) and `"steps"` (of the rows after each step) are
+    mean errors. `"largest"` is the largest error of the rows after each step.
     """
-    parts = dict(zip(("end", "average", "way"), zip(result, expected, strict=True), strict=True))
+    pairs = dict(zip(("end", "average", "steps"), zip(result, expected, strict=True), strict=True))
     found = {}
-    for part, (actual, wanted) in parts.items():
-        if wanted is None:
+    for kind, (actual, reference_values) in pairs.items():
+        if reference_values is None:
             assert actual is None
             continue
         for name in config.names:
-            error = np.abs(actual[name].astype(np.float64) - wanted[name])
-            found[name, part] = error.mean()
-            if part == "way":
+            error = np.abs(actual[name].astype(np.float64) - reference_values[name])
+            found[name, kind] = error.mean()
+            if kind == "steps":
                 found[name, "largest"] = error.max()
     return found
 
 
 def mean_errors(config, seeds):
-    """The errors of `exact_rows` and of the dense chain, with the keys of `errors`, over seeds."""
+    """By the keys of `errors`: mean errors over seeds, of `exact_rows` and of the dense chain."""
     found = {}
     for seed in range(seeds):
         data = random_data(config, seed)
         expected = reference_run(config, data)
         exact = errors(config, trained(config, data, exact=True), expected)
         dense = errors(config, trained(config, data, exact=False), expected)
-        for what in exact:
-            found.setdefault(what, []).append((exact[what], dense[what]))
-    return {what: np.mean(pair, axis=0) for what, pair in found.items()}
+        for key in exact:
+            found.setdefault(key, []).append((exact[key], dense[key]))
+    return {key: np.mean(pair, axis=0) for key, pair in found.items()}
 
 
 # --- every pair of settings ---------------------------------------------------------------------
@@ -423,7 +425,7 @@ FACTORS = {
 
 
 def is_sensible(settings):
-    """Whether a config with these settings can be run; they may be of some of the factors only."""
+    """Whether a config may have these settings, which may be only some of its settings."""
     if settings.get("rule") == "adamax" and settings.get("form") == "eps_hat":
         return False  # its epsilon has one form
     if settings.get("size", (0,))[0] < 100 or not {"rule", "betas"} <= set(settings):
@@ -437,7 +439,7 @@ def pairs(settings):
 
 
 def possible_pairs():
-    """Every two settings of different factors that may go together."""
+    """Every two settings of different factors that a config may have."""
     found = set()
     for (a, xs), (b, ys) in itertools.combinations(sorted(FACTORS.items()), 2):
         found |= {((a, x), (b, y)) for x in xs for y in ys if is_sensible({a: x, b: y})}
@@ -446,9 +448,9 @@ def possible_pairs():
 
 @functools.cache
 def covering():
-    """Configs in which every possible pair of settings occurs; greedily, not the fewest.
+    """Configs in which every possible pair of settings occurs, found by a greedy search.
 
-    Dense gradients and a second table take long to compile, so a few have them, in turn.
+    Dense gradients and a second table take long to compile, so only some configs have them.
     """
     rng = np.random.default_rng(125)  # of 150 seeds the one with the fewest configs
     missing, configs = possible_pairs(), []
@@ -456,8 +458,8 @@ def covering():
     def gain(settings):
         return len(pairs(settings) & missing) if is_sensible(settings) else -1
 
-    # Each of 20 missing pairs is completed, factor by factor, by the settings that add the most
-    # missing pairs. The best of these configs is taken.
+    # Completes each of 20 missing pairs to a config, factor by factor, with the setting that adds
+    # the most missing pairs. Of these configs, adds the one with the most missing pairs.
     while missing:
         best = {}
         for pair in sorted(missing, key=repr)[:20]:
@@ -476,8 +478,8 @@ def covering():
     return configs
 
 
-def described(config):
-    """The id of a test."""
+def config_id(config):
+    """The id of a test with this config."""
     return "-".join(str(x).replace(" ", "") for x in vars(config).values() if x != "")
 
 
@@ -489,19 +491,18 @@ def test_every_pair_of_settings_occurs():
     assert possible_pairs() <= found
 
 
-@pytest.mark.parametrize("config", covering(), ids=described)
+@pytest.mark.parametrize("config", covering(), ids=config_id)
 @pytest.mark.slow
 def test_errors_are_about_those_of_the_dense_chain(config):
-    # The mean over a small table is a matter of luck, so it is averaged over several runs.
+    # The mean error of a small table varies between runs, so several runs are averaged.
     seeds = 1 + 100 // math.prod(config.size)
-    limit = 2.0 if config.replays else 1.2
     found = mean_errors(config, seeds)
-    for what, (exact, dense) in found.items():
-        most = 2.0 if what[1] == "largest" else limit
-        assert exact <= most * dense, f"{what}: error {exact:.3g}, dense {dense:.3g}"
+    for key, (exact, dense) in found.items():
+        limit = 2.0 if config.replays or key[1] == "largest" else 1.2
+        assert exact <= limit * dense, f"{key}: error {exact:.3g}, dense {dense:.3g}"
 
 
-# --- any pattern --------------------------------------------------------------------------------
+# --- drawn patterns -----------------------------------------------------------------------------
 
 DRAWN_ROWS, DRAWN_COLUMNS = 12, 2
 
@@ -528,11 +529,11 @@ DRAWN_CONFIGS = {
 
 def touching_steps(pattern, rng):
     """[STEPS], which steps touch a row with this pattern."""
-    kind, what = pattern
+    kind, value = pattern
     t = np.arange(STEPS)
     if kind == "often":
-        return rng.random(STEPS) < what
-    return np.isin(t, what) if kind == "at" else (t < min(what)) | (t > max(what))
+        return rng.random(STEPS) < value
+    return np.isin(t, value) if kind == "at" else (t < min(value)) | (t > max(value))
 
 
 @st.composite
@@ -582,20 +583,20 @@ def test_errors_are_about_those_of_the_dense_chain_for_any_reads(name):
         suppress_health_check=list(HealthCheck),
     )
     @given(any_data(config))
-    def holds(data):
+    def check(data):
         expected = reference_run(config, data)
         exact = errors(config, trained(config, data, exact=True), expected)
         dense = errors(config, trained(config, data, exact=False), expected)
         # Over so few numbers the error of the dense run may be small by luck. So half an ulp, the
-        # rounding of a weight, is allowed besides.
+        # rounding of a weight, is added to the limit.
         ulp = np.spacing(np.float32(np.abs(expected[2]["table"]).max()))
-        for what in exact:
-            limit = 2.0 if what[1] == "largest" else 1.2
-            assert exact[what] <= limit * dense[what] + ulp / 2, (
-                f"{what}: error {exact[what]:.3g}, dense {dense[what]:.3g}, ulp {ulp:.3g}"
+        for key in exact:
+            limit = 2.0 if key[1] == "largest" else 1.2
+            assert exact[key] <= limit * dense[key] + ulp / 2, (
+                f"{key}: error {exact[key]:.3g}, dense {dense[key]:.3g}, ulp {ulp:.3g}"
             )
 
-    holds()
+    check()
 
 
 # --- histories ----------------------------------------------------------------------------------
@@ -613,7 +614,7 @@ def test_less_history_than_needed_is_refused_and_the_least_is_named(rule, betas,
             ValueError, match=rf"history={least // 2} .* at least {least}\b.*scale_by"
         ):
             exact_rows(tx, "table", history=least // 2)
-    # After so many steps a gradient moves a row by a negligible part of what it did at first.
+    # After that many steps, a gradient moves a row by a negligible part of its first movement.
     b1, b2 = betas
     shrink = {"amsgrad": 1.0, "adamax": b2}.get(rule, math.sqrt(b2))
     if b1 < shrink:
@@ -623,7 +624,7 @@ def test_less_history_than_needed_is_refused_and_the_least_is_named(rule, betas,
 @pytest.mark.parametrize("betas", [(0.0, 0.99), (0.5, 0.9)], ids=str)
 @pytest.mark.slow
 def test_the_least_history_is_enough(betas):
-    """Also where it is shorter than 256, and the ring wraps every few steps."""
+    """With these betas it is shorter than 256, and the ring wraps within the run."""
     config = Config(betas=betas, tail="decay, average", size=(40, 3))
     tx = config.chain(LEARNING_RATE)
     history = least_history(tx)
@@ -635,7 +636,7 @@ def test_the_least_history_is_enough(betas):
             check()
 
 
-def test_history_is_rounded_up():
+def test_history_is_rounded_up_to_a_power_of_two():
     assert exact_rows(adamjax.adam(), "table", history=1000).history == 1024
     assert exact_rows(adamjax.adam(), "table").history is None
     with pytest.raises(TypeError, match=r"history.*'long'"):
@@ -643,7 +644,7 @@ def test_history_is_rounded_up():
 
 
 def batch_of_tables(*sizes):
-    """A batch of tables with these numbers of rows, of which there are no arrays."""
+    """A batch of abstract tables with these numbers of rows."""
     tx = exact_rows(adamjax.adam(), "table")
     params = {f"table {i}": jax.ShapeDtypeStruct((n, 1), jnp.float32) for i, n in enumerate(sizes)}
     bound = tx.bind(jax.eval_shape(tx.init, params), params)
@@ -657,13 +658,13 @@ def test_the_rows_of_the_largest_table_are_refreshed_in_turn():
     history = batch.family.history
     each = tables.num_refreshed(batch.tables[0], history)
     last_turn = (num_rows - 1) // each
-    # The first of the rows and the last one are read anyway, so num_rows is in their place.
+    # The step reads the first and the last row that are due. num_rows takes their place.
     read = jnp.array([last_turn * each, num_rows - 1, num_rows, 7 * 2**27], jnp.int32)
     (due,) = tables.due_rows(batch, jnp.array(last_turn, jnp.int32), [read])
     assert due[:3].tolist() == [num_rows, last_turn * each + 1, last_turn * each + 2]
     assert int(due[num_rows - 2 - last_turn * each]) == num_rows - 2
     assert (due[num_rows - 1 - last_turn * each :] == num_rows).all()
-    # What is after the last row may exceed int32.
+    # Positions after the last row may exceed int32.
     (due,) = tables.due_rows(batch, jnp.array(history - 3, jnp.int32), [read])
     assert (due[-1:] == num_rows).all()
 
@@ -715,7 +716,7 @@ def to_dense(grads):
     return {name: g.to_dense() if name == "table" else g for name, g in grads.items()}
 
 
-class dense_steps(adamjax.Transform):
+class with_dense_gradients(adamjax.Transform):
     """Gives a transform dense gradients in place of row gradients."""
 
     tx: adamjax.Transform
@@ -729,7 +730,7 @@ class dense_steps(adamjax.Transform):
 
 @functools.partial(jax.jit, static_argnames="ticketed")
 def stepped(tx, params, state, grads, ids=None, ticketed=False):
-    """One step of any transform, which is an argument."""
+    """One step of any transform, which is an argument of `jit`."""
     extra = {}
     if ticketed:
         extra["ticket"] = tx.prepare(params, state, {"table": ids})[1]
@@ -743,12 +744,12 @@ def flushed(tx, params, state):
 
 
 @jax.jit
-def looked_up(tx, params, state):
+def lookup_all(tx, params, state):
     return tx.lookup(params, state, "table", jnp.arange(params["table"].shape[0]))
 
 
 def short_run(config, tx):
-    """`step(t)` takes a step exactly and densely; `check()` compares the two runs so far."""
+    """`step(t)` takes a step by `tx` and by the dense chain; `check()` compares the two runs."""
     dense = config.chain(LEARNING_RATE)
     params = small_params()
     carries = {"exact": (params, tx.init(params)), "dense": (params, dense.init(params))}
@@ -761,7 +762,7 @@ def short_run(config, tx):
     def check():
         params, state = carries["dense"]
         exact_params, exact_state = flushed(tx, *carries["exact"])
-        assert_close(looked_up(tx, *carries["exact"]), params["table"], rtol=5e-6)
+        assert_close(lookup_all(tx, *carries["exact"]), params["table"], rtol=5e-6)
         assert_close(exact_params, params, rtol=5e-6)
         assert_close(exact_state.inner, state, rtol=2e-5)
 
@@ -787,12 +788,12 @@ def trained_shortly(tx, steps=20, ticketed=False):
 
 
 @pytest.mark.slow
-def test_every_reading_agrees():
-    """`prepare`, `lookup` in any shape of indices and `flush` give the same rows."""
+def test_prepare_lookup_and_flush_return_the_same_rows():
+    """For indices of any shape and dtype."""
     tx = exact_rows(pipeline(), "table")
     params, state = trained_shortly(tx)
-    rows = np.asarray(looked_up(tx, params, state))
-    assert not np.allclose(rows, params["table"], atol=1e-4)  # rows do lag behind
+    rows = np.asarray(lookup_all(tx, params, state))
+    assert not np.allclose(rows, params["table"], atol=1e-4)  # rows of params lag behind
     assert_close(flushed(tx, params, state)[0]["table"], rows, rtol=1e-7)
     lookup = jax.jit(lambda ids: tx.lookup(params, state, "table", ids))
     prepare = jax.jit(lambda ids: tx.prepare(params, state, {"table": ids})[0])
@@ -807,27 +808,27 @@ def test_every_reading_agrees():
         assert_close(prepare(ids), {"table": jnp.asarray(expected)}, rtol=1e-7)
 
 
-def test_reading_and_flushing_change_nothing():
+def test_lookup_and_flush_do_not_change_later_steps():
     tx = exact_rows(pipeline(), "table")
     params, state = trained_shortly(tx)
     once = flushed(tx, params, state)
     assert_same(flushed(tx, *once), once)
-    assert_same(looked_up(tx, *once), once[0]["table"])
+    assert_same(lookup_all(tx, *once), once[0]["table"])
     assert_same(once[1].clock, state.clock)
     assert_same(once[1].last["table"], jnp.full(NUM_ROWS, 20, jnp.int32))
-    # The next steps are the same, flushed in between or not.
+    # The next step is the same with and without a flush before it.
     step = functools.partial(stepped, tx, grads=small_grads(20))
-    assert_close(looked_up(tx, *step(*once)), looked_up(tx, *step(params, state)), rtol=5e-7)
+    assert_close(lookup_all(tx, *step(*once)), lookup_all(tx, *step(params, state)), rtol=5e-7)
 
 
-def test_a_ticket_changes_nothing_but_the_time():
+def test_steps_with_and_without_tickets_are_the_same():
     tx = exact_rows(pipeline(), "table")
     without = trained_shortly(tx)
     assert_close(trained_shortly(tx, ticketed=True), without, rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_a_wrong_ticket_does_no_harm():
+def test_a_ticket_for_other_rows_or_another_state_does_no_harm():
     tx = exact_rows(pipeline(), "table")
     prepare = jax.jit(lambda *args: tx.prepare(*args)[1])
     update = jax.jit(lambda grads, state, params, t: tx.update(grads, state, params, ticket=t))
@@ -850,7 +851,7 @@ def half_stopped_loss(params, ids):
 
 @pytest.mark.slow
 def test_a_train_step_finds_its_rows_once():
-    """`update` knows them while it is traced: no second search, no second catch-up."""
+    """`update` reuses the search and the catch-up of `value_and_grad`, which the ticket has."""
     tx, params = exact_rows(adamjax.adam(0.1), "table"), {"table": jnp.ones((NUM_ROWS, 2))}
 
     def step(params, state, ids):
@@ -863,7 +864,7 @@ def test_a_train_step_finds_its_rows_once():
     plain, plain_state = params, dense.init(params)
     traced = str(jax.make_jaxpr(step)(params, state, jnp.arange(3)))
     assert traced.count("scatter-min") == 1  # a search for distinct indices has one
-    assert "while" not in traced  # and a catch-up in blocks a loop
+    assert "while" not in traced  # a catch-up in blocks has a loop
     for t in range(20):
         ids = jnp.array([t % 7, 3, 3])
         params, state, value = jax.jit(step)(params, state, ids)
@@ -874,8 +875,8 @@ def test_a_train_step_finds_its_rows_once():
     assert_close(tx.flush(params, state)[0], plain, rtol=1e-5)
 
 
-def test_static_arguments_of_a_loss_keep_their_places():
-    """`value_and_grad` has the state before them, and must say so in its signature for `jit`."""
+def test_jit_finds_the_static_arguments_of_a_loss():
+    """By the signature, in which the state comes before them."""
     params = {"table": jnp.linspace(-1.0, 1.0, 20).reshape(10, 2)}
     tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
 
@@ -891,10 +892,10 @@ def test_static_arguments_of_a_loss_keep_their_places():
 
 
 @pytest.mark.slow
-def test_a_step_without_rows_is_a_step():
+def test_a_step_without_rows_moves_rows_as_zero_gradients_do():
     tx, dense = exact_rows(pipeline(), "table"), pipeline()
     params, state = trained_shortly(tx)
-    plain = trained_shortly(dense_steps(dense))
+    plain = trained_shortly(with_dense_gradients(dense))
     empty = row_gradient(jnp.zeros(0, jnp.int32), jnp.zeros((0, 3)), NUM_ROWS)
     outside = row_gradient(jnp.array([-1, NUM_ROWS]), jnp.ones((2, 3)), NUM_ROWS)
     kernel = jnp.full(2, 0.1)
@@ -902,7 +903,7 @@ def test_a_step_without_rows_is_a_step():
         params, state = stepped(tx, params, state, {"kernel": kernel, "table": rows})
         grads = {"kernel": kernel, "table": jnp.zeros((NUM_ROWS, 3))}
         plain = stepped(dense, *plain, grads)
-    assert_close(looked_up(tx, params, state), plain[0]["table"], rtol=2e-6)
+    assert_close(lookup_all(tx, params, state), plain[0]["table"], rtol=2e-6)
     assert int(adamjax.step_count(state)) == 22
 
 
@@ -910,14 +911,14 @@ def test_a_step_without_rows_is_a_step():
 
 
 @pytest.mark.slow
-def test_from_the_dense_optimizer_and_back():
+def test_a_run_goes_on_from_the_dense_optimizer_and_back():
     dense = pipeline()
     tx = exact_rows(dense, "table", history=256)
-    params, state = trained_shortly(dense_steps(dense))
+    params, state = trained_shortly(with_dense_gradients(dense))
     plain = params, state
     state = tx.from_dense(state, params)
     assert_same(state.last["table"], jnp.full(NUM_ROWS, 20, jnp.int32))
-    assert_same(looked_up(tx, params, state), params["table"])
+    assert_same(lookup_all(tx, params, state), params["table"])
     for t in range(20, 320):
         params, state = stepped(tx, params, state, small_grads(t))
         plain = stepped(dense, *plain, to_dense(small_grads(t)))
@@ -932,15 +933,15 @@ def test_from_the_dense_optimizer_and_back():
 @pytest.mark.parametrize("name", ["adam", "nadam"])
 @pytest.mark.slow
 def test_the_count_does_not_wrap_near_the_end_of_int32(name):
-    """The dense optimizer's count stays at the largest int32, and its schedule with it."""
+    """The count stays at the largest int32; the clock wraps around."""
     config = Config(rule=name, form="eps", tail="decay, average")
-    dense, largest = config.chain(LEARNING_RATE), np.iinfo(np.int32).max
-    params, state = trained_shortly(dense_steps(dense), steps=5)
+    dense, max_count = config.chain(LEARNING_RATE), np.iinfo(np.int32).max
+    params, state = trained_shortly(with_dense_gradients(dense), steps=5)
 
-    def aged(x):
-        return jnp.int32(largest - 20) if x.dtype == jnp.int32 and x.ndim == 0 else x
+    def with_large_count(x):
+        return jnp.int32(max_count - 20) if x.dtype == jnp.int32 and x.ndim == 0 else x
 
-    state = jax.tree.map(aged, state)
+    state = jax.tree.map(with_large_count, state)
     with enable_x64():
         wide = as_float64((params, state))
     tx = exact_rows(dense, "table", history=256)
@@ -953,28 +954,28 @@ def test_the_count_does_not_wrap_near_the_end_of_int32(name):
         with enable_x64():
             wide = stepped(dense, *wide, as_float64(to_dense(grads)))
         expected = np.asarray(wide[0]["table"])
-        tables = looked_up(tx, *exact), plain[0]["table"]
+        tables = lookup_all(tx, *exact), plain[0]["table"]
         distances.append([np.abs(np.asarray(x, np.float64) - expected) for x in tables])
-    assert int(adamjax.step_count(exact[1])) == largest
+    assert int(adamjax.step_count(exact[1])) == max_count
     assert int(exact[1].clock) < 0
     distances = np.array(distances)  # [steps, exact or plain, rows, columns]
-    on_the_way, largest = distances.mean((0, 2, 3)), distances.max((0, 2, 3))
-    for exact_error, plain_error in (on_the_way, distances[-1].mean((1, 2)), largest):
+    of_all_steps, largest = distances.mean((0, 2, 3)), distances.max((0, 2, 3))
+    for exact_error, plain_error in (of_all_steps, distances[-1].mean((1, 2)), largest):
         assert exact_error <= 1.2 * plain_error
     state = flushed(tx, *exact)[1].inner
     assert_close(adamjax.get_slot(state, "m"), adamjax.get_slot(plain[1], "m"), rtol=2e-6)
 
 
 def as_float64(tree):
-    """A tree with float64 in place of float32; under x64."""
+    """A tree with float64 in place of float32. It needs x64."""
     return jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float64 if x.dtype == jnp.float32 else x.dtype), tree
     )
 
 
 @pytest.mark.slow
-def test_it_is_jitted_scanned_and_mapped():
-    """A population of three learning rates is one program, and each member goes its own way."""
+def test_runs_with_three_rates_are_one_program_by_vmap_and_scan():
+    """Each run is compared with the dense optimizer of its rate."""
     rates = jnp.array([0.01, 0.02, 0.05])
     steps = [small_grads(t) for t in range(30)]
     steps = jax.tree.map(lambda *xs: jnp.stack(xs), *steps)
@@ -994,11 +995,11 @@ def test_it_is_jitted_scanned_and_mapped():
     together = jax.jit(jax.vmap(run))(rates)
     for i, rate in enumerate(rates):
         dense = adamjax.adamw(float(rate), 0.9, 0.95, weight_decay=0.1)
-        expected, _ = trained_shortly(dense_steps(dense), steps=30)
+        expected, _ = trained_shortly(with_dense_gradients(dense), steps=30)
         assert_close(jax.tree.map(lambda x, i=i: x[i], together), expected, rtol=2e-6)
 
 
-def test_as_an_argument_it_is_compiled_once():
+def test_a_step_compiles_once_for_all_rates_if_the_transform_is_an_argument():
     traced = []
 
     @jax.jit
@@ -1027,12 +1028,12 @@ def test_donated_tables_are_updated_in_place():
     state = jax.tree.map(jnp.copy, tx.init(params))
     for t in range(3):
         before = params["table"], adamjax.get_slot(state.inner, "m")["table"]
-        places = [x.unsafe_buffer_pointer() for x in before]
+        pointers = [x.unsafe_buffer_pointer() for x in before]
         params, state = step(params, state, small_grads(t))
         assert all(x.is_deleted() for x in before)
         after = params["table"], adamjax.get_slot(state.inner, "m")["table"]
-        assert [x.unsafe_buffer_pointer() for x in after] == places
-    assert_close(looked_up(tx, params, state), looked_up(tx, *trained_shortly(tx, 3)), rtol=1e-6)
+        assert [x.unsafe_buffer_pointer() for x in after] == pointers
+    assert_close(lookup_all(tx, params, state), lookup_all(tx, *trained_shortly(tx, 3)), rtol=1e-6)
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -1057,11 +1058,11 @@ REFUSED = {
         chain(scale_by_adam(), clip_by_global_norm(1.0), scale_by_learning_rate(0.1)),
         r"clip_by_global_norm\(max_norm=1.0\).*not affine",
     ),
-    "something unknown after the rule": (
+    "an unknown transform after the rule": (
         chain(scale_by_adam(), to_the_sign()),
         r"to_the_sign\(\).*not affine",
     ),
-    "something unknown before it": (
+    "an unknown transform before the rule": (
         chain(to_the_sign(), scale_by_adam()),
         r"to_the_sign\(\).*zero gradients of rows nonzero",
     ),
@@ -1078,19 +1079,19 @@ REFUSED = {
         r"scale_by_adamax\(.*second rule",
     ),
     "no rule": (chain(scale_by_learning_rate(0.1)), r"expected one rule"),
-    "overwriting": (
+    "an average that overwrites the weights": (
         chain(adamjax.adam(), weight_ema(0.9, 10)),
         r"weight_ema\(momentum=0.9, overwrite_frequency=10\).*flush",
     ),
-    "micro-batches within": (
+    "micro-batches inside": (
         chain(accumulate_gradients(adamjax.adam(), 2)),
         r"accumulate_gradients\(exact_rows\(",
     ),
-    "skipped steps within": (
+    "skipped steps inside": (
         skip_not_finite(adamjax.adam()),
         r"skip_not_finite\(exact_rows\(",
     ),
-    "hyperparameters set within": (
+    "hyperparameters set inside": (
         adamjax.with_hyperparams(adamjax.adam(), learning_rate=0.1),
         r"put it around exact_rows: with_hyperparams\(exact_rows\(",
     ),
@@ -1103,14 +1104,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_exact_is_refused_by_name(what):
-    tx, message = REFUSED[what]
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_transform_that_cannot_be_exact_is_refused_by_name(case):
+    tx, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         exact_rows(tx, "table")
 
 
-def test_a_decay_that_leaves_nothing_is_refused():
+def test_a_rate_times_decay_of_1_or_more_is_refused():
     for rate, decay in (
         (0.5, 2.0),
         (adamjax.constant(4.0), by_path([("table", 0.5)], default=0.0)),
@@ -1127,13 +1128,13 @@ def test_a_gradient_of_none_is_refused():
     params = small_params()
     with pytest.raises(ValueError, match=r"grads\['table'\] is None.*row_gradient"):
         tx.update({"kernel": jnp.ones(2), "table": None}, tx.init(params), params)
-    # Any other leaf may have none.
+    # The gradient of any other leaf may be None.
     grads = {"kernel": None, "table": small_grads(0)["table"]}
     updates, _ = tx.update(grads, tx.init(params), params)
     assert updates["kernel"] is None
 
 
-def test_tables_must_be_there():
+def test_init_needs_a_table_and_lookup_needs_exactly_one():
     tx = exact_rows(adamjax.adam(), "embedding")
     with pytest.raises(ValueError, match=r"\['embedding'\].*'kernel', 'table'"):
         tx.init(small_params())
@@ -1145,8 +1146,8 @@ def test_tables_must_be_there():
         tx.lookup(params, tx.init(params), "e", jnp.arange(2))
 
 
-def test_an_average_of_rows_that_lag_behind_is_refused():
-    """Only where the values are known: inside `jit` nothing is refused."""
+def test_an_average_or_slot_of_rows_that_lag_behind_is_refused():
+    """Inside `jit` the clocks have no values, so nothing is refused."""
     tx = exact_rows(pipeline(), "table")
     params, state = trained_shortly(tx, steps=2)
     with pytest.raises(
@@ -1159,17 +1160,17 @@ def test_an_average_of_rows_that_lag_behind_is_refused():
         adamjax.get_slot(state, "m")
     adamjax.get_slot(state.inner, "m")
     jax.jit(adamjax.averaged_weights)(state)
-    lanes = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state)
     with pytest.raises(ValueError, match="lag behind"):
-        adamjax.averaged_weights(lanes)
+        adamjax.averaged_weights(stacked)
     for up_to_date in (tx.flush(params, state)[1], tx.init(params)):
         adamjax.averaged_weights(up_to_date)
         adamjax.averaged_weights(jax.tree.map(lambda x: jnp.stack([x, x]), up_to_date))
 
 
 @pytest.mark.slow
-def test_slots_and_averages_of_some_rows_are_read():
-    """They are up to date, as `flush` leaves them; an index outside the table reads zeros."""
+def test_lookup_reads_up_to_date_slots_and_averages():
+    """Compares them with the slots after a `flush`. An index outside the table reads zeros."""
     tx = exact_rows(pipeline(), "table")
     params, state = trained_shortly(tx)
     _, flushed_state = tx.flush(params, state)
@@ -1188,7 +1189,7 @@ def test_slots_and_averages_of_some_rows_are_read():
 
 @pytest.mark.slow
 def test_calls_outside_of_jit_compile_nothing_anew():
-    """The second time, and whatever the values are."""
+    """From the third step on, whatever the values are."""
     tx, compiled = exact_rows(pipeline(), "table"), []
 
     def step(params, state, t):
@@ -1208,6 +1209,7 @@ def test_calls_outside_of_jit_compile_nothing_anew():
     )
     step(params, state, 2)
     assert not compiled
+    # The listener does notice a compilation.
     jax.jit(lambda x: x + len(compiled))(1.0)
     assert compiled
 
@@ -1216,7 +1218,7 @@ def test_stale_tables_cannot_be_read_by_accident():
     tx = exact_rows(adamjax.adam(), "table")
     params = tx.without_tables(small_params())
     assert_same(params["kernel"], jnp.ones(2))
-    # An older JAX refuses it in its own words.
+    # An older JAX raises its own error.
     with pytest.raises(TypeError, match=r"'table'"):
         jnp.sum(params["table"])
     jax.jit(lambda params: params["kernel"])(params)
@@ -1234,13 +1236,13 @@ READS = (
 
 
 @pytest.mark.parametrize("read", READS)
-def test_whatever_is_done_to_a_stale_table_says_how_to_read_it(read):
+def test_any_use_of_a_stale_table_raises_an_error_that_says_how_to_read_it(read):
     table = exact_rows(adamjax.adam(), "table").without_tables(small_params())["table"]
     with pytest.raises(TypeError, match=r"'table' may lag behind.*prepare.*lookup.*flush"):
         read(table)
 
 
-def test_stale_tables_are_kept_as_they_are():
+def test_stale_tables_survive_copies_pickles_and_tree_maps():
     params = exact_rows(adamjax.adam(), "table").without_tables(small_params())
     copies = copy.copy(params["table"]), copy.deepcopy(params)["table"]
     pickled = pickle.loads(pickle.dumps(params))
@@ -1264,7 +1266,7 @@ EDITED = {
 
 @pytest.mark.parametrize("name", EDITED)
 def test_numbers_that_are_edited_in_the_pytree_are_refused(name):
-    """Steps would take those with which it was made."""
+    """Steps would compute with the numbers that `exact_rows` was made with."""
     params = {"table": jnp.ones((4, 1))}
     tx = exact_rows(chain(scale_by_adam(), scale_by_learning_rate(0.1), weight_ema(0.9)), "table")
     state = tx.init(params)
@@ -1284,8 +1286,8 @@ def test_numbers_that_are_edited_in_the_pytree_are_refused(name):
             use()
 
 
-def test_numbers_that_are_cast_or_traced_are_not_edited():
-    """`device_put` makes float32 arrays of them; they stay Python floats in a step."""
+def test_numbers_that_are_cast_or_traced_do_not_count_as_edited():
+    """`device_put` makes float32 arrays of them. Steps still use the Python floats."""
     params = {"table": jnp.ones((4, 1))}
     tx = exact_rows(adamjax.adam(0.1), "table")
     cast = [jax.device_put(tx), jax.tree.map(np.asarray, tx)]
@@ -1299,8 +1301,8 @@ def test_numbers_that_are_cast_or_traced_are_not_edited():
 
 
 @pytest.mark.parametrize("is_dense", [False, True], ids=["rows", "dense"])
-def test_numbers_that_are_edited_where_they_are_traced_make_nan(is_dense):
-    """An `exact_rows` may be an argument of `jit`. Then only the compiled step sees its numbers."""
+def test_traced_numbers_that_are_edited_make_nan(is_dense):
+    """If `exact_rows` is an argument of `jit`, only the compiled step can compare its numbers."""
     params = {"table": jnp.ones((4, 1))}
     tx = exact_rows(adamjax.adam(0.1), "table")
 
@@ -1325,20 +1327,20 @@ def test_numbers_that_are_edited_where_they_are_traced_make_nan(is_dense):
 
 # --- states, tickets and parameters that do not fit -----------------------------------------------
 
-# By what differs: a transform that refuses the state of exact_rows(adam(0.1), "table"), and what
-# the error says.
+# By the difference: a transform that refuses the state of exact_rows(adam(0.1), "table"), and the
+# error. For "less history", exact_rows(adam(0.1), "table") refuses the transform's state.
 OTHER_TRANSFORMS = {
     "less history": (lambda: exact_rows(adamjax.adam(0.1), "table", history=512), "history=512"),
     "b1": (lambda: exact_rows(adamjax.adam(0.1, 0.8), "table"), r"b1=0.9,.*expected .*b1=0.8,"),
     "b2": (lambda: exact_rows(adamjax.adam(0.1, b2=0.99), "table"), "shrink=0.9949"),
     "epsilon": (lambda: exact_rows(adamjax.adam(0.1, eps_hat=1e-3), "table"), "eps=0.001"),
-    "its form": (lambda: exact_rows(adamjax.adam(0.1, eps=1e-7), "table"), "b2=0.999"),
+    "form of epsilon": (lambda: exact_rows(adamjax.adam(0.1, eps=1e-7), "table"), "b2=0.999"),
     "decay": (lambda: exact_rows(adamjax.adamw(0.1), "table"), r"3 parts|has no|decay"),
     "rule": (lambda: exact_rows(adamjax.amsgrad(0.1), "table"), "shrink=1.0"),
 }
 
 
-READERS = {
+METHODS = {
     "update": lambda tx, params, state: tx.update(small_grads(0), state, params),
     "flush": lambda tx, params, state: tx.flush(params, state),
     "lookup": lambda tx, params, state: tx.lookup(params, state, "table", jnp.arange(2)),
@@ -1349,19 +1351,18 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("read", READERS)
-@pytest.mark.parametrize("what", OTHER_TRANSFORMS)
-def test_a_state_of_another_transform_is_refused(what, read):
-    """Rows that lag behind would catch up wrongly; the error says how to change over."""
-    make, message = OTHER_TRANSFORMS[what]
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("difference", OTHER_TRANSFORMS)
+def test_a_state_of_another_transform_is_refused(difference, method):
+    """Rows that lag behind would catch up wrongly. The error says how to change the transform."""
+    make, message = OTHER_TRANSFORMS[difference]
     tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
     state, other = tx.init(params), make()
-    if what == "less history":
-        # Here the state is that of the other transform.
+    if difference == "less history":
         tx, other = other, tx
         state = tx.init(params)
     with pytest.raises((ValueError, TypeError), match=message) as caught:
-        READERS[read](other, params, state)
+        METHODS[method](other, params, state)
     assert "from_dense(state.inner, params)" in str(caught.value)
 
 
@@ -1377,25 +1378,25 @@ CLASSLESS = {
 }
 
 
-@pytest.mark.parametrize("read", ["update", "flush"])
-@pytest.mark.parametrize("what", CLASSLESS)
-def test_a_state_without_some_of_its_classes_is_refused(what, read):
+@pytest.mark.parametrize("method", ["update", "flush"])
+@pytest.mark.parametrize("change", CLASSLESS)
+def test_a_state_that_lost_some_of_its_classes_is_refused(change, method):
     tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
-    state = CLASSLESS[what](tx.init(params))
+    state = CLASSLESS[change](tx.init(params))
     with pytest.raises(
         TypeError, match=r"exact_rows: .* expected a .*restored without its classes"
     ):
-        READERS[read](tx, params, state)
+        METHODS[method](tx, params, state)
 
 
 @pytest.mark.parametrize("history", [0, -1, 2**31, 2**40])
-def test_a_history_that_no_clock_counts_is_refused(history):
+def test_a_history_below_1_or_above_the_limit_is_refused(history):
     with pytest.raises(ValueError, match=rf"history must be at least 1 and .* got {history}$"):
         exact_rows(adamjax.adam(0.1), "table", history=history)
 
 
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
-def test_a_refusal_without_x64_does_not_outlast_it():
+def test_a_state_that_is_refused_without_x64_is_accepted_with_it():
     tx = exact_rows(adamjax.adam(0.1), "table")
     with enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), small_params())
@@ -1407,7 +1408,7 @@ def test_a_refusal_without_x64_does_not_outlast_it():
         assert updates["table"].dtype == jnp.float64
 
 
-def test_a_table_of_another_width_is_named():
+def test_a_state_for_tables_of_another_dtype_is_refused():
     tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
     state = tx.init(params)
     with enable_x64(True):
@@ -1417,7 +1418,7 @@ def test_a_table_of_another_width_is_named():
 
 
 def test_another_b2_of_amsgrad_is_refused():
-    """Its rows move without b2, but their v decays by it while they lag behind."""
+    """Weights of AMSGrad catch up without b2, but v decays by b2 while rows lag behind."""
     tx, other = (exact_rows(adamjax.amsgrad(0.1, b2=b2), "table") for b2 in (0.5, 0.999))
     params = small_params()
     with pytest.raises(ValueError, match=r"v=0.5,.*expected .*v=0.999,.*from_dense"):
@@ -1437,18 +1438,18 @@ def narrowed(tree):
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
 
 
-@pytest.mark.parametrize("read", READERS)
-@pytest.mark.parametrize("what", CASTS)
-def test_a_state_that_was_cast_is_refused_by_whoever_reads_it(what, read):
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_state_that_was_cast_is_refused_by_every_method(cast, method):
     tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
     state = tx.init(params)
     adam, *rest = state.inner
-    state = state._replace(inner=(CASTS[what](adam), *rest))
-    with pytest.raises(ValueError, match=rf"scale_by_adam: the state.*{what}.*expected .*32"):
-        READERS[read](tx, params, state)
+    state = state._replace(inner=(CASTS[cast](adam), *rest))
+    with pytest.raises(ValueError, match=rf"scale_by_adam: the state.*{cast}.*expected .*32"):
+        METHODS[method](tx, params, state)
 
 
-def test_an_average_a_rate_and_a_clock_that_were_cast_are_refused():
+def test_an_average_counts_and_a_clock_that_were_cast_are_refused():
     tx, params = exact_rows(chain(adamjax.adam(0.1), weight_ema(0.9)), "table"), small_params()
     state = tx.init(params)
     adam, rate, ema = state.inner
@@ -1462,20 +1463,20 @@ def test_an_average_a_rate_and_a_clock_that_were_cast_are_refused():
             tx.flush(params, state._replace(inner=inner, clock=jnp.asarray(clock)))
 
 
-def test_moments_of_the_dtype_of_the_rule_are_read():
+def test_moments_may_have_the_narrow_dtype_of_their_rule():
     params = small_params()
     tx = exact_rows(adamjax.adam(0.1, m_dtype="bfloat16"), "table")
     assert_same(tx.lookup(params, tx.init(params), "table", jnp.arange(3)), params["table"][:3])
 
 
 @pytest.mark.parametrize("ticket", [{}, {"table": jnp.arange(2)}, (1,), 3, "table"])
-def test_what_is_no_ticket_is_refused(ticket):
+def test_a_ticket_of_another_type_is_refused(ticket):
     tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
     with pytest.raises(TypeError, match=r"ticket is .*expected a Ticket, which prepare"):
         tx.update(small_grads(0), tx.init(params), params, ticket=ticket)
 
 
-def test_the_momentum_of_an_average_is_part_of_the_state():
+def test_a_state_for_another_momentum_of_the_average_is_refused():
     made = [exact_rows(chain(adamjax.adam(0.1), weight_ema(b)), "table") for b in (0.9, 0.99)]
     params = small_params()
     with pytest.raises(ValueError, match=r"momentum=0.9,.*expected .*momentum=0.99,"):
@@ -1483,18 +1484,18 @@ def test_the_momentum_of_an_average_is_part_of_the_state():
 
 
 @pytest.mark.slow
-def test_a_change_of_betas_behind_a_flush():
-    """As the error says: from the dense state, and then as the dense optimizer with other betas."""
+def test_betas_can_change_after_a_flush():
+    """The dense optimizer takes the same steps, with the old betas and then with the new ones."""
     old, new = adamjax.adam(0.05, 0.9, 0.95), adamjax.adam(0.05, 0.8, 0.99)
     exact = [exact_rows(tx, "table", history=512) for tx in (old, new)]
     params, state = trained_shortly(exact[0], 10)
-    plain, plain_state = trained_shortly(dense_steps(old), 10)
+    plain, plain_state = trained_shortly(with_dense_gradients(old), 10)
     params, state = exact[0].flush(params, state)
     state = exact[1].from_dense(state.inner, params)
     for t in range(10, 20):
         params, state = stepped(exact[1], params, state, small_grads(t))
-        plain, plain_state = stepped(dense_steps(new), plain, plain_state, small_grads(t))
-    assert_close(looked_up(exact[1], params, state), plain["table"], rtol=2e-6)
+        plain, plain_state = stepped(with_dense_gradients(new), plain, plain_state, small_grads(t))
+    assert_close(lookup_all(exact[1], params, state), plain["table"], rtol=2e-6)
 
 
 def test_a_table_of_another_size_is_refused():
@@ -1508,7 +1509,7 @@ def test_a_table_of_another_size_is_refused():
         tx.lookup(small_params(columns=2), state, "table", jnp.arange(2))
 
 
-def test_from_dense_takes_a_state_of_the_inner_transform_alone():
+def test_from_dense_refuses_states_of_other_transforms_and_tables():
     tx, params = exact_rows(adamjax.adam(0.1), "table"), small_params()
     for state, message in (
         (adamjax.nadam(0.1).init(params), r"momentum_product'\] is float32\[\], expected None"),
@@ -1520,11 +1521,11 @@ def test_from_dense_takes_a_state_of_the_inner_transform_alone():
             tx.from_dense(state, params)
 
 
-def read_and_step(tx, params, state, between):
-    """The updates of a step whose state and params are changed after they were read.
+def read_and_step(tx, params, state, change):
+    """The updates of a step whose state and params change between the read and `update`.
 
     Args:
-      between: the change, `(state, params) -> (state, params)`.
+      change: `(state, params) -> (state, params)`.
 
     Returns:
       The updates with the ticket of the read, and those without a ticket.
@@ -1532,15 +1533,15 @@ def read_and_step(tx, params, state, between):
     ids = jnp.array([3, 5, 5])
     (_, grads), ticket = tx.value_and_grad(half_stopped_loss)(params, state, ids)
     grads["kernel"] = jnp.zeros(2)
-    updates, _ = tx.update(grads, *between(state, params), ticket=ticket)
-    expected, _ = tx.update(grads, *between(state, params))
+    updates, _ = tx.update(grads, *change(state, params), ticket=ticket)
+    expected, _ = tx.update(grads, *change(state, params))
     return updates, expected
 
 
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.slow
 def test_a_ticket_of_other_arrays_is_ignored(jit):
-    """A flush in between; a gradient at a perturbed point, as in SAM; a state made anew."""
+    """After a flush, with perturbed parameters (as in SAM), and with another state."""
     tx = exact_rows(pipeline(), "table")
     params, state = trained_shortly(tx)
 
@@ -1554,13 +1555,13 @@ def test_a_ticket_of_other_arrays_is_ignored(jit):
         inner = jax.tree.map(lambda x: 0.5 * x if x.ndim == 2 else x, state.inner)
         return state._replace(inner=inner), params
 
-    for between in (flush, perturbed, other):
-        run = functools.partial(read_and_step, between=between)
+    for change in (flush, perturbed, other):
+        run = functools.partial(read_and_step, change=change)
         run = jax.jit(run) if jit else run
         assert_same(*run(tx, params, state))
 
 
-def test_a_ticket_of_these_arrays_counts():
+def test_a_ticket_of_the_same_arrays_is_used():
     tx = exact_rows(pipeline(), "table")
     params, state = trained_shortly(tx)
     ids = jnp.array([3, 5, 5])
@@ -1574,7 +1575,7 @@ def test_a_ticket_of_these_arrays_counts():
 
 
 @pytest.mark.slow
-def test_tables_may_come_back_in_another_order():
+def test_tables_of_a_state_may_be_in_another_order():
     """JAX sorts the paths of tables in a state that went through `jit`: '10' before '2'."""
     params = [jnp.ones((9, 2)) for _ in range(11)]
     tx = exact_rows(adamjax.adam(0.1), "")
@@ -1586,13 +1587,13 @@ def test_tables_may_come_back_in_another_order():
 
 
 @pytest.mark.slow
-def test_numpy_arrays_do_as_well():
-    """As they come from a checkpoint: in the parameters, in the state and in the gradients."""
+def test_numpy_arrays_give_the_same_results_as_jax_arrays():
+    """Parameters, state and gradients may be NumPy arrays, as from a checkpoint."""
     tx = exact_rows(pipeline(), "table")
     params, state = trained_shortly(tx)
     ids, grads = jnp.array([3, 5, 5]), small_grads(20)
 
-    def everything(params, state, grads, ids):
+    def results(params, state, grads, ids):
         return (
             tx.lookup(params, state, "table", ids),
             tx.prepare(params, state, {"table": ids})[0],
@@ -1603,16 +1604,16 @@ def test_numpy_arrays_do_as_well():
         )
 
     args = params, state, grads, ids
-    assert_same(everything(*jax.device_get(args)), everything(*args))
+    assert_same(results(*jax.device_get(args)), results(*args))
 
 
-def test_leaves_with_one_path_are_refused():
+def test_two_leaves_with_one_path_are_refused():
     params = {"a/b": jnp.ones((3, 2)), "a": {"b": jnp.ones((3, 2))}}
     with pytest.raises(ValueError, match=r"exact_rows: two leaves have the path 'a/b'.*rename"):
         exact_rows(adamjax.adam(), "a").init(params)
 
 
-def test_every_pattern_must_match():
+def test_every_pattern_that_is_not_optional_must_match():
     params = small_params()
     with pytest.raises(ValueError, match=r"'tabel' matches no leaf.*'kernel', 'table'.*optional"):
         exact_rows(adamjax.adam(), ["table", "tabel"]).init(params)
@@ -1631,8 +1632,8 @@ def test_every_pattern_must_match():
 @pytest.mark.parametrize("shape", [(5, 2), (5, 0), (0, 3), (0, 0), (4,)], ids=str)
 @pytest.mark.parametrize("batch", [3, 0])
 @pytest.mark.slow
-def test_a_table_that_is_not_read(shape, batch):
-    """It gets an empty row gradient, and moves as with a gradient of zero."""
+def test_a_table_that_is_not_read_moves_as_under_the_dense_optimizer(shape, batch):
+    """It gets an empty row gradient, in place of a dense gradient of zero."""
     tx = exact_rows(adamjax.adamw(0.1), ["here", "there"])
     params = {"here": jnp.ones((6, 2)), "there": jnp.ones(shape)}
     step = adamjax.train_step(lambda p, ids: jnp.sum(p["here"][ids] ** 2), tx, donate_argnums=())
@@ -1657,7 +1658,7 @@ def test_a_table_that_is_not_read(shape, batch):
 @pytest.mark.parametrize("clip", [clip_by_global_norm(1.0), adamjax.clip_by_norm(1.0)], ids=repr)
 @pytest.mark.slow
 def test_a_norm_that_is_not_finite_spoils_the_rows_of_the_gradient_alone(clip):
-    """The rows that the step refreshes are not spoilt; with the shortest ring there are many."""
+    """The rows that the step refreshes stay finite; with a short history there are many."""
     tx = exact_rows(chain(clip, adamjax.adam(0.05, 0.5, 0.9)), "table", history=64)
     rows = 500
     for steps in (1, 2, 5):
@@ -1673,14 +1674,14 @@ def test_a_norm_that_is_not_finite_spoils_the_rows_of_the_gradient_alone(clip):
         params, state = stepped(tx, params, state, bad)
         zero = {"kernel": jnp.zeros(2), "table": jnp.zeros((rows, 3))}
         plain, _ = stepped(tx.tx, plain, plain_state, zero)
-        for read in (looked_up(tx, params, state), tx.flush(params, state)[0]["table"]):
+        for read in (lookup_all(tx, params, state), tx.flush(params, state)[0]["table"]):
             spoilt = np.isnan(read).any(axis=1)
             assert list(np.flatnonzero(spoilt)) == [3, 400]
             assert_close(read[~spoilt], plain["table"][~spoilt], rtol=2e-6)
 
 
 def of_many_rows(tree):
-    """A mask that asks for the shape of a leaf."""
+    """A mask function that depends on the shape of each leaf."""
     return jax.tree.map(lambda x: x.shape[0] > 10, tree)
 
 
@@ -1699,29 +1700,31 @@ def of_many_rows(tree):
     ids=["decay", "in a partition", "masked"],
 )
 def test_masks_that_are_functions_see_the_whole_table(make):
-    """But the chain inside sees only the rows of a step, here 7 of 40."""
+    """The inner chain sees only the 7 rows of a step; for these the mask would be false."""
     dense = make()
     params, state = trained_shortly(exact_rows(dense, "table"), 6)
-    expected, _ = trained_shortly(dense_steps(dense), 6)
-    assert_close(looked_up(exact_rows(dense, "table"), params, state), expected["table"], rtol=2e-6)
+    expected, _ = trained_shortly(with_dense_gradients(dense), 6)
+    assert_close(
+        lookup_all(exact_rows(dense, "table"), params, state), expected["table"], rtol=2e-6
+    )
 
 
-# --- in company ---------------------------------------------------------------------------------
+# --- with other transforms ----------------------------------------------------------------------
 
 
-def test_beside_other_optimizers():
-    """A partition: the table has Adamax, the rest Adam; only the table is kept exact."""
+def test_a_table_with_an_optimizer_of_its_own_follows_the_dense_optimizer():
+    """In a partition, the table has Adamax and the kernel has Adam."""
     dense = adamjax.partition(
         [("table", adamjax.adamax(0.02, rows="dense"))], default=adamjax.adam(0.02)
     )
     tx = exact_rows(dense, "table")
     params, state = trained_shortly(tx)
-    expected, _ = trained_shortly(dense_steps(dense))
+    expected, _ = trained_shortly(with_dense_gradients(dense))
     assert_close(flushed(tx, params, state)[0], expected, rtol=2e-6)
 
 
 @pytest.mark.slow
-def test_a_step_that_is_skipped_leaves_no_trace():
+def test_a_skipped_step_changes_neither_weights_nor_state():
     tx = skip_not_finite(exact_rows(pipeline(), "table"))
     inner = tx.tx
     params, state = trained_shortly(tx, 5)
@@ -1735,18 +1738,18 @@ def test_a_step_that_is_skipped_leaves_no_trace():
 
 
 @pytest.mark.slow
-def test_micro_batches_around_it():
+def test_accumulated_gradients_give_the_dense_result():
     tx = accumulate_gradients(exact_rows(adamjax.adam(0.02), "table"), 2)
     dense = accumulate_gradients(adamjax.adam(0.02), 2)
     params, state = trained_shortly(tx, 21)
-    expected, _ = trained_shortly(dense_steps(dense), 21)
+    expected, _ = trained_shortly(with_dense_gradients(dense), 21)
     inner = tx.tx
     assert_close(flushed(inner, params, state.inner)[0], expected, rtol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_tables_are_nearer_than_dense_ones(dtype):
-    """A row is rounded when it is written: less often than the dense one."""
+def test_narrow_tables_are_nearer_to_float32_than_under_the_dense_optimizer(dtype):
+    """A row is rounded only when it is written, so less often than by the dense optimizer."""
     dense = adamjax.adam(1e-3)
     tx = exact_rows(dense, "table")
     wide = {"table": small_params()["table"]}
@@ -1761,7 +1764,7 @@ def test_narrow_tables_are_nearer_than_dense_ones(dtype):
             opt = runs[name][0]
             g = g.astype(carries[name][0]["table"].dtype)
             carries[name] = stepped(opt, *carries[name], {"table": g})
-    read = looked_up(tx, *carries["exact"])
+    read = lookup_all(tx, *carries["exact"])
     assert read.dtype == dtype
 
     def error(x):
@@ -1771,7 +1774,7 @@ def test_narrow_tables_are_nearer_than_dense_ones(dtype):
 
 
 @pytest.mark.slow
-def test_float64():
+def test_float64_tables_follow_the_dense_optimizer():
     with enable_x64():
         params = as_float64(small_params())
         dense = pipeline()
@@ -1783,8 +1786,8 @@ def test_float64():
             grads = as_float64(small_grads(t))
             exact = stepped(tx, *exact, grads)
             plain = stepped(dense, *plain, to_dense(grads))
-        assert looked_up(tx, *exact).dtype == jnp.float64
-        assert_close(looked_up(tx, *exact), plain[0]["table"], rtol=1e-13)
+        assert lookup_all(tx, *exact).dtype == jnp.float64
+        assert_close(lookup_all(tx, *exact), plain[0]["table"], rtol=1e-13)
 
 
 @extend.transform_state("top", rule=False)
@@ -1793,7 +1796,7 @@ class RunningMaxState(NamedTuple):
 
 
 class running_max(adamjax.Transform):
-    """Says that it keeps zero gradients zero, but has a slot; its update is never called."""
+    """A transform with `keeps_zero` and a slot. Its `update` is never called."""
 
     keeps_zero = True
 
@@ -1809,12 +1812,12 @@ def test_a_slot_before_the_rule_is_refused():
     params = {"table": jnp.ones((9, 2)), "w": jnp.ones(2)}
     with pytest.raises(ValueError, match=r"before the rule of 'table' has the slots \['top'\]"):
         exact_rows(tx, "table").init(params)
-    # Elsewhere it does no harm.
+    # Masked from the table, it is accepted.
     masked = chain(adamjax.masked(running_max(), "w"), adamjax.adam(0.1))
     exact_rows(masked, "table").init(params)
 
 
-def test_an_error_says_how_to_go_on_with_the_state_of_a_wrapper_or_of_the_part():
+def test_an_error_says_how_to_go_on_with_the_state_of_a_wrapper_or_of_the_inner_transform():
     adam = adamjax.adam(0.1)
     tx = adamjax.exact_rows(adam, "table")
     params = {"table": jnp.ones((4, 2))}

@@ -1,4 +1,4 @@
-"""Whole models with large tables: row gradients train them as dense ones do, and what they cost."""
+"""Whole models: row gradients train them as dense ones do, with less memory and fast tracing."""
 
 import functools
 import gc
@@ -29,7 +29,7 @@ MODELS = {
     "transformer": networks.Transformer(tokens=50_000, length=32, examples=2),
     "clicks": networks.Clicks(6, rows=200, examples=256),
 }
-# The norms of the two towers' gradients are 0.8 and more.
+# The gradients of the two towers have norms of 0.8 and more, so each of them is clipped.
 CLIPPED = adamjax.chain(adamjax.clip_by_global_norm(0.1), adamjax.adamw(RATE))
 OPTIMIZERS = {
     "DLRM": adamjax.adamw(RATE),
@@ -39,22 +39,22 @@ OPTIMIZERS = {
 }
 
 # Tolerances: the relative error of a loss, the root mean square error of a leaf, and the error of
-# an element. Rounding alone changes a dense run of 50 steps by less:
-# - From the same run in float64 the losses differ by 2e-7 to 6e-7 of their values, and a leaf by a
+# an element. Rounding alone changes a dense run of 50 steps by less than the tolerances:
+# - In float64, the losses of the same run differ by 2e-7 to 6e-7 of their values, and a leaf by a
 #   root mean square of at most 4e-6.
-# - With the examples of each batch in another order the losses differ by 1e-7 to 6e-7, and a leaf
+# - With the examples of each batch in another order, the losses differ by 1e-7 to 6e-7, and a leaf
 #   by at most 2e-6.
-# - One element can differ by a tenth of a step (1e-3), if its gradient is hardly more than
-#   rounding: Adam scales it up.
-# With rows="lazy" losses and parameters differ by 9e-3 and more.
+# - One element can differ by a tenth of a step (1e-3) if its gradient is hardly more than rounding,
+#   because Adam scales it up.
+# With rows="lazy", losses and parameters differ by 9e-3 and more.
 LOSS_RTOL, LEAF_ATOL, ELEMENT_ATOL = 2e-6, 2e-5, 5e-3
 
-# Compiles fast, and the program runs slowly.
+# For programs that take longer to compile than to run.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
-# Each of these ways to train returns `init`, `step`, and a function that gives the parameters after
-# the last step.
+# Each trainer returns `init`, `step`, and a function from params and state after the last step to
+# up-to-date params.
 
 
 def dense(model, tx):
@@ -69,7 +69,7 @@ def dense(model, tx):
 
 
 def by_rows(model, tx):
-    """With row gradients for all tables, which any transform takes."""
+    """With row gradients for all tables, but without `exact_rows`."""
     gradient = adamjax.value_and_grad(model.loss, model.tables, strict=True)
 
     def step(params, state, batch):
@@ -104,10 +104,10 @@ def initial_params(name):
     return jax.tree.map(np.asarray, params)
 
 
-def trained(name, run, tx):
+def trained(name, trainer, tx):
     """The losses of all steps, and the parameters after the last one."""
     model = MODELS[name]
-    init, step, done = run(model, tx)
+    init, step, final_params = trainer(model, tx)
     params = jax.tree.map(jnp.array, initial_params(name))
     state, losses = init(params), []
     # The steps of the large model take longer than their compilation.
@@ -116,7 +116,7 @@ def trained(name, run, tx):
     for i in range(STEPS):
         params, state, value = step(params, state, model.batch(i))
         losses.append(value)
-    return np.array(losses, np.float64), jax.tree.map(np.asarray, done(params, state))
+    return np.array(losses, np.float64), jax.tree.map(np.asarray, final_params(params, state))
 
 
 @functools.cache
@@ -124,10 +124,10 @@ def trained_dense(name):
     return trained(name, dense, OPTIMIZERS[name])
 
 
-@pytest.mark.parametrize("run", [exact, by_rows], ids=["exact", "dense rows"])
+@pytest.mark.parametrize("trainer", [exact, by_rows], ids=["exact", "dense rows"])
 @pytest.mark.parametrize("name", MODELS)
-def test_row_gradients_train_as_dense_ones_do(name, run):
-    losses, params = trained(name, run, OPTIMIZERS[name])
+def test_row_gradients_train_as_dense_ones_do(name, trainer):
+    losses, params = trained(name, trainer, OPTIMIZERS[name])
     dense_losses, dense_params = trained_dense(name)
     assert dense_losses[-5:].mean() < 0.8 * dense_losses[:5].mean()
     np.testing.assert_allclose(losses, dense_losses, rtol=LOSS_RTOL)
@@ -138,8 +138,8 @@ def test_row_gradients_train_as_dense_ones_do(name, run):
         assert np.abs(error).max() < ELEMENT_ATOL, path
 
 
-def test_lazy_rows_are_another_optimizer():
-    """The tolerance for losses is tight enough to see the difference."""
+def test_losses_with_lazy_rows_differ_by_more_than_the_tolerance():
+    """So the tolerance is tight enough."""
     dense_losses, _ = trained_dense("two towers")
     clip, *_ = CLIPPED.parts
     lazy = adamjax.chain(clip, adamjax.adamw(RATE, rows="lazy"))
@@ -152,8 +152,8 @@ def test_lazy_rows_are_another_optimizer():
 NUM_ROWS, WIDTH, READS = 1_000_000, 64, 8192
 TABLE = NUM_ROWS * WIDTH
 
-# The operations whose results may be as large as the table: arguments of the program and of its
-# computations, what XLA passes on without a copy, and writes in place.
+# The operations whose results may be as large as the table. They are arguments of the program and
+# of its computations, operations that pass a buffer on without a copy, and writes in place.
 IN_PLACE = {
     "bitcast",
     "call",
@@ -168,24 +168,24 @@ IN_PLACE = {
 WRITES = {"scatter", "dynamic-update-slice"}
 
 
-def head(params, batch):
+def wide_loss(params, batch):
     rows = params["embedding"][batch["ids"]]
     return jnp.mean((rows @ params["head"] - batch["y"]) ** 2)
 
 
-def narrow_head(params, batch):
-    """In bfloat16, the table cast as a whole."""
+def narrow_loss(params, batch):
+    """The loss in bfloat16. It casts the whole table."""
     rows = params["embedding"].astype(jnp.bfloat16)[batch["ids"]]
     y = rows @ params["head"].astype(jnp.bfloat16)
     return jnp.mean((y.astype(jnp.float32) - batch["y"]) ** 2)
 
 
-LOSSES = {"float32": head, "bfloat16": narrow_head}
+LOSSES = {"float32": wide_loss, "bfloat16": narrow_loss}
 
 
-# Each rule with the most bytes that temporaries may take. 8,192 rows are 2 MB. With decay the rows'
-# own values are among them. The exact steps need less if reads and gradients are written by hand,
-# with `prepare`: adam 1.3 MB less, adamw 0.03 MB less.
+# Each rule, and the limit on the bytes of temporaries. 8,192 rows take 2 MB. With weight decay, the
+# temporaries include the weights of the rows. Exact steps need less if reads and gradients are
+# written by hand, with `prepare`: adam 1.3 MB less, adamw 0.03 MB less.
 RULES = {"adam": (adamjax.adam, 20e6), "adamw": (adamjax.adamw, 24e6)}
 
 
@@ -197,15 +197,15 @@ def shapes_of_params():
 
 
 class Model(NamedTuple):
-    """What the ways to train take of a model."""
+    """The attributes of a model that the trainers use."""
 
     loss: Callable
     tables: tuple = ("embedding",)
 
 
-def compiled_step(run, loss, tx):
-    """The whole donated train step, and the bytes of parameters and state; nothing is allocated."""
-    init, step, _ = run(Model(loss), tx)
+def compiled_step(trainer, loss, tx):
+    """The donated train step, and the bytes of parameters and state; allocates no arrays."""
+    init, step, _ = trainer(Model(loss), tx)
     params = shapes_of_params()
     state = jax.eval_shape(init, params)
     batch = {
@@ -217,11 +217,11 @@ def compiled_step(run, loss, tx):
     return compiled, num_bytes
 
 
-def large(text):
+def large_operations(text):
     """The operations of an optimized HLO, in all its computations, whose result is large.
 
-    Large is an eighth of the table's elements or more, in any shape and dtype. (An array with one
-    element for each row has a 64th.)
+    A result is large if it has at least an eighth of the table's elements, in any shape and dtype.
+    (An array with one element for each row has a 64th.)
     """
     pattern = r"^\s+(?:ROOT )?%?\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\("
     operations = re.findall(pattern, text, re.MULTILINE)
@@ -234,21 +234,21 @@ def large(text):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_whole_step_allocates_nothing_as_large_as_the_table(rule, loss, mode):
-    """It writes the table and its two moments once each, in place."""
-    make, most = RULES[rule]
-    run, tx = (exact, make(1e-3)) if mode == "exact" else (by_rows, make(1e-3, rows="lazy"))
-    compiled, num_bytes = compiled_step(run, LOSSES[loss], tx)
-    memory, operations = compiled.memory_analysis(), large(compiled.as_text())
+    """It writes the table and each of its two moments once, in place."""
+    make, max_bytes = RULES[rule]
+    trainer, tx = (exact, make(1e-3)) if mode == "exact" else (by_rows, make(1e-3, rows="lazy"))
+    compiled, num_bytes = compiled_step(trainer, LOSSES[loss], tx)
+    memory, operations = compiled.memory_analysis(), large_operations(compiled.as_text())
     assert set(operations) <= IN_PLACE
     assert sum(op in WRITES for op in operations) == 3  # the table and its two moments
     assert memory.alias_size_in_bytes == num_bytes
-    assert memory.temp_size_in_bytes < most
+    assert memory.temp_size_in_bytes < max_bytes
 
 
 def test_a_dense_step_allocates_arrays_as_large_as_the_table():
-    """The test above would fail for it."""
-    compiled, _ = compiled_step(dense, head, adamjax.adam(1e-3))
-    assert set(large(compiled.as_text())) - IN_PLACE
+    """So the test above can fail."""
+    compiled, _ = compiled_step(dense, wide_loss, adamjax.adam(1e-3))
+    assert set(large_operations(compiled.as_text())) - IN_PLACE
     assert compiled.memory_analysis().temp_size_in_bytes > 4 * TABLE
 
 
@@ -261,7 +261,7 @@ EVALUATED = {
 
 
 def compiled_evaluation(fn, **options):
-    """An evaluation step of 8,192 indices; nothing is allocated."""
+    """An evaluation step of 8,192 indices; allocates no arrays."""
     inner = adamjax.chain(adamjax.adamw(1e-3), adamjax.weight_ema(0.99))
     tx, params = adamjax.exact_rows(inner, "embedding"), shapes_of_params()
     evaluate = adamjax.eval_step(fn, tx, **options)
@@ -273,16 +273,20 @@ def compiled_evaluation(fn, **options):
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="an older XLA copies more")
 @pytest.mark.parametrize("averaged", [False, True], ids=["weights", "average"])
 @pytest.mark.parametrize("fn", EVALUATED)
-def test_evaluation_holds_nothing_as_large_as_the_table(fn, averaged):
+def test_evaluation_allocates_nothing_as_large_as_the_table(fn, averaged):
     compiled = compiled_evaluation(EVALUATED[fn], averaged=averaged, strict=True)
-    assert set(large(compiled.as_text())) <= {"bitcast", "get-tuple-element", "parameter"}
+    assert set(large_operations(compiled.as_text())) <= {
+        "bitcast",
+        "get-tuple-element",
+        "parameter",
+    }
     assert compiled.memory_analysis().temp_size_in_bytes < 20e6
 
 
-def test_evaluation_of_the_whole_table_holds_more():
-    """The test above would fail for it."""
+def test_evaluation_that_sums_the_whole_table_has_a_large_result():
+    """So the test above can fail."""
     compiled = compiled_evaluation(lambda p, ids: p["embedding"].sum() + p["embedding"][ids].sum())
-    assert "fusion" in large(compiled.as_text())
+    assert "fusion" in large_operations(compiled.as_text())
 
 
 # --- tracing --------------------------------------------------------------------------------------
@@ -293,8 +297,8 @@ def at_depth(depth, function, *args):
     return at_depth(depth - 1, function, *args) if depth else function(*args)
 
 
-def test_tracing_takes_at_most_twice_as_long(monkeypatch):
-    """Compares the least of several CPU times, because the processor may have other work.
+def test_tracing_takes_at_most_twice_as_long_as_in_jax(monkeypatch):
+    """Compares the minimum of several CPU times, because the processor may have other work.
 
     CPython allocates the stack of its frames in chunks of 16 KB. If the calls of a loop cross the
     end of a chunk, each of them allocates a chunk, and tracing takes twice as long. Whether they
@@ -317,14 +321,14 @@ def test_tracing_takes_at_most_twice_as_long(monkeypatch):
                 times.append(at_depth(depth, models.tracing_seconds, model, name))
     finally:
         gc.unfreeze()
-    # The first of each is slower: JAX caches some of what it traces.
+    # The first time is longer, because JAX caches some of what it traces.
     assert min(seconds["rows"][1:]) < 2 * min(seconds["jax"][1:]), seconds
 
 
-# --- the suite ------------------------------------------------------------------------------------
+# --- the benchmark --------------------------------------------------------------------------------
 
 
-def test_contenders_do_the_same():
+def test_contenders_train_the_same_parameters():
     """In a few steps that read all rows. Only the frozen tables differ."""
     pytest.importorskip("optax")
     model = networks.TwoTower(8, 8, width=8, examples=64)
@@ -346,7 +350,7 @@ def test_contenders_do_the_same():
             assert measured < 1e-6, name
 
 
-def test_quick_run(tmp_path):
+def test_a_quick_run_writes_the_times_of_its_contenders(tmp_path):
     options = "--quick --sittings 1 --rounds 2 --contenders exact;frozen --out models.json --only"
     printed = run_benchmarks("models", *options.split(), "two towers", cwd=tmp_path).stdout
     assert "exact_rows(adamw), row gradients" in printed
