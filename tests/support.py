@@ -1,4 +1,4 @@
-"""What the tests share: trees, comparisons, and what differs between JAX versions."""
+"""Helpers of the tests: processes, comparisons of trees, and differences between JAX versions."""
 
 import ast
 import json

@@ -1358,7 +1358,7 @@ def continue_on_other_devices():
             # The target has more rows than the checkpoint.
             grown = {**params, "table": jnp.ones((20, 4))}
             target = jax.eval_shape(fresh, grown)
-            # Orbax names the first array that does not fit: the table, or one of its state.
+            # Orbax names the first array that does not fit: the table, or an array of its state.
             with pytest.raises(ValueError, match=r"\(20,.*\) is not compatible.*\(16,.*\)"):
                 checkpointer.restore(f"{folder}/0", target)
 

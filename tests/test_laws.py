@@ -505,7 +505,7 @@ def test_counts_stay_at_the_largest_int32(case):
 @pytest.mark.parametrize("name", ["adam, eps", "amsgrad", "adamax", "nadam", "pipeline"])
 @pytest.mark.slow
 def test_low_precision_twins_over_hundreds_of_steps(name, dtype):
-    """The updates of float32 twins differ by one rounding at most, and the weights move.
+    """Updates differ from those of a float32 twin by one rounding at most, and the weights move.
 
     Both states are float32, so no roundings add up in them. (A scalar may return to its start, as
     bfloat16 has few digits.)

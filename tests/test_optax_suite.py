@@ -127,7 +127,7 @@ def mixed(dtype):
 
 
 def minimized(tx, p, objective, steps, state=None, with_value=False):
-    """The parameters and the state after steps of `tx` in one scan."""
+    """The parameters and the state after a scan over steps of `tx`."""
 
     def step(carry, _):
         p, state = carry
@@ -153,7 +153,7 @@ def assert_near(p, goal):
 
 
 def joined(*targets):
-    """Several targets as one. The optimizers work element by element, so each is as if alone."""
+    """Several targets as one. The optimizers work element by element, so each moves as alone."""
     starts, goals, objectives = zip(*targets, strict=True)
 
     def objective(p):
@@ -463,7 +463,7 @@ def test_injected_dtypes(hyperparam_dtype, dtype):
 
 
 def test_an_injected_beta_that_the_dtype_rounds_to_one_is_refused():
-    """optax keeps hyperparameters in the parameters' dtype: 0.999 in bfloat16 is 1."""
+    """optax casts hyperparameters to the parameters' dtype, and 0.999 in bfloat16 is 1."""
     p = jnp.ones(2, jnp.bfloat16)
     with pytest.raises(ValueError, match="b2 must be in"):
         optax.inject_hyperparams(adamjax.adam)(0.1).init(p)
