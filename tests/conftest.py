@@ -1,6 +1,7 @@
 """Options and fixtures of the tests.
 
-`--sample N` runs some cases of each test, and `--quick` fewer, for before each commit.
+`--sample N` runs the first and then every Nth case of each test. `--quick`, for use before each
+commit, runs fewer cases and skips slow tests.
 """
 
 import argparse
@@ -12,12 +13,12 @@ from pathlib import Path
 import pytest
 from support import enable_x64, environment
 
-# With `--quick`: the first case of a test runs, and then one in this many.
+# The N of `--sample N` that `--quick` implies.
 QUICK_EVERY = 80
 
 
-def at_least_one(text):
-    """A positive integer, from the command line."""
+def positive_int(text):
+    """The type of `--sample`."""
     number = int(text)
     if number < 1:
         raise pytest.UsageError(f"--sample {text}: expected 1 or more")
@@ -27,49 +28,49 @@ def at_least_one(text):
 def pytest_addoption(parser):
     parser.addoption(
         "--sample",
-        type=at_least_one,
+        type=positive_int,
         metavar="N",
-        help="of a test with many cases, run the first and then every Nth",
+        help="run only the first and then every Nth case of each test",
     )
     parser.addoption(
         "--quick",
         action="store_true",
-        help=f"skip slow tests, and of the others --sample {QUICK_EVERY}",
+        help=f"skip slow tests, and run the others with --sample {QUICK_EVERY}",
     )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes seconds; left out by --quick")
+    config.addinivalue_line("markers", "slow: takes seconds; skipped by --quick")
 
 
 def pytest_collection_modifyitems(config, items):
     is_quick = config.getoption("--quick")
     every = config.getoption("--sample") or (QUICK_EVERY if is_quick else 1)
     cases_seen = {}
-    sample, left_out = [], []
+    selected, deselected = [], []
     for item in items:
         function = item.nodeid.partition("[")[0]
         number = cases_seen.get(function, 0)
         cases_seen[function] = number + 1
         is_too_slow = is_quick and item.get_closest_marker("slow") is not None
         if is_too_slow or number % every:
-            left_out.append(item)
+            deselected.append(item)
         else:
-            sample.append(item)
-    items[:] = sample
-    config.hook.pytest_deselected(items=left_out)
+            selected.append(item)
+    items[:] = selected
+    config.hook.pytest_deselected(items=deselected)
 
 
 @pytest.fixture
 def x64():
-    """64-bit arrays, in the whole test."""
+    """Enables 64-bit dtypes during the test."""
     with enable_x64(True):
         yield
 
 
 @pytest.fixture(scope="session")
 def keras():
-    """Keras on JAX."""
+    """The package `keras`, on JAX."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     keras = pytest.importorskip("keras")
     if keras.backend.backend() != "jax":
@@ -79,7 +80,7 @@ def keras():
 
 @pytest.fixture(scope="session")
 def torch():
-    """torch on one thread: its pool and JAX's disturb each other."""
+    """The package `torch`, on one thread: its thread pool and JAX's compete for the cores."""
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
     return torch
@@ -90,7 +91,7 @@ def torch():
 
 @pytest.fixture
 def prose(tmp_path, monkeypatch):
-    """A file of real text; runs go to a folder of the test's own."""
+    """The name of a text file in a new folder, which is the current one during the test."""
     monkeypatch.chdir(tmp_path)
     Path("prose.txt").write_text(Path(argparse.__file__).read_text()[:30_000])
     return "prose.txt"
@@ -98,8 +99,8 @@ def prose(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start_job():
-    """A function that starts the job as a user does, and returns its process."""
-    started = []
+    """A function that starts the job with these arguments, and returns its process."""
+    processes = []
 
     def start(*arguments):
         process = subprocess.Popen(
@@ -109,10 +110,10 @@ def start_job():
             text=True,
             env=environment(),
         )
-        started.append(process)
+        processes.append(process)
         return process
 
     yield start
-    for process in started:
-        process.kill()  # its children end with it
+    for process in processes:
+        process.kill()  # its child processes then end by themselves
         process.communicate()

@@ -1,6 +1,6 @@
-"""What the tests of trajectories share: ten steps of a transform, and ten steps of other systems.
+"""Trajectories of ten steps: those of a transform, and those of other systems, stored in `data`.
 
-The systems' trajectories, and their known roundings and faults, are described in data/README.md.
+data/README.md describes the stored trajectories, and the known roundings and faults of the systems.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def run(tx, start, grads, precision, *, jit=False):
         gradients.
 
     The results are NumPy arrays. Weights and averages are trees like `start`, with a leading axis
-    of steps; without averages, None takes their place.
+    of steps. The averages are None if the state has none.
     """
     with enable_x64(precision == "float64"):
 
@@ -66,11 +66,11 @@ def averages(state):
 
 
 def assert_follows(actual, expected, start, *, precision, tolerance=2e-6):
-    """Compares the values of one leaf, with a leading axis of steps.
+    """Compares two trajectories of one leaf, arrays with a leading axis of steps.
 
-    An error may be `tolerance` times the largest distance that any element has been from `start`
-    so far. In float32 it may be 2e-5 times that, whatever the tolerance is, and each step adds one
-    float32 ulp of the element.
+    The error may be `tolerance` times the largest distance of any element from `start` so far. In
+    float32 it may be 2e-5 times this distance, whatever `tolerance` is, plus one float32 ulp of the
+    element for each step so far.
     """
     expected = np.asarray(expected)
     assert actual.shape == expected.shape
@@ -97,15 +97,13 @@ def assert_follows(actual, expected, start, *, precision, tolerance=2e-6):
 
 @dataclass(frozen=True)
 class Variant:
-    """How a case departs from betas 0.9 and 0.999, epsilon 1e-7 and a rate of 0.05.
+    """The hyperparameters of a case, with the defaults of data/README.md.
 
-    The names are adamjax's, but for these:
-
-    Attributes:
-      rate_decay: the option `decay` of legacy optimizers, by which the rate falls.
-      schedule: whether the rate is an `inverse_time_decay`.
-      clips: transforms, in order.
-      accumulate: how many micro-batches make a step.
+    Attributes that do not have the names of adamjax's parameters:
+      rate_decay: the option `decay` of legacy optimizers, which makes the rate fall.
+      schedule: whether the rate is Keras' `InverseTimeDecay`.
+      clips: our transforms before the rule, in order.
+      accumulate: the number of micro-batches in a step.
     """
 
     learning_rate: float = 0.05
@@ -124,7 +122,7 @@ class Variant:
 BY_VALUE = adamjax.clip_by_value(0.3)
 BY_NORM = adamjax.clip_by_norm(0.5)
 
-# `default` is a rate of 0.001, which is Keras' default.
+# `default` has the default rate of Keras, 0.001.
 VARIANTS = {
     "default": Variant(learning_rate=0.001),
     "hyper": Variant(b1=0.8, b2=0.95, eps=1e-3),
@@ -146,12 +144,12 @@ WHY_NOT_K3JAX_EMAFREQ = (
     "and writes it into the weights at step 3"
 )
 
-# What our optimizers call the epsilon of a variant, where that is not `eps_hat`.
+# The parameter of our optimizer that corresponds to Keras' epsilon, if it is not `eps_hat`.
 EPSILON_NAMES = {"adamax": "eps", "nadam": "eps"}
 
 
 class Oracle:
-    """The committed trajectories of a file, by the name of the case."""
+    """The stored trajectories of a file in `data`, by the name of the case."""
 
     def __init__(self, name):
         data = self.load(name)
@@ -160,7 +158,7 @@ class Oracle:
         self.grads = self.tree(inputs["gA"], inputs["gB"])
         names = [case.decode() for case in data["cases"]]
         self.weights = dict(zip(names, map(self.tree, data["A"], data["B"]), strict=True))
-        # There are averages of the leaf `bert/emb` only.
+        # Only averages of the leaf `bert/emb` are stored.
         names = [case.decode() for case in data["ema_cases"]]
         self.averages = dict(zip(names, data["ema"], strict=True))
 
@@ -171,13 +169,13 @@ class Oracle:
 
     @staticmethod
     def tree(a, b):
-        """The two leaves as a tree: the pattern of AdamMultilr, `^bert`, matches only the first."""
+        """The two leaves as a tree. The pattern of AdamMultilr, `^bert`, matches only the first."""
         return {"bert": {"emb": a}, "head": {"kernel": b}}
 
     def assert_case(self, case, weights, averaged, precision):
         """Compares weights, and averages if there are any, with those of the case."""
         system, _, variant, *_ = case.split("|")
-        # `new` rounds powers of beta to float32: it is right to 1e-5 at best (data/README.md).
+        # `new` rounds beta to float32 in powers, so it is accurate to 1e-5 at best.
         tolerance = 2e-5 if system == "new" else 2e-6
         jax.tree.map(
             lambda *leaves: assert_follows(*leaves, precision=precision, tolerance=tolerance),
@@ -216,9 +214,9 @@ def learning_rate(system, variant):
 
 
 def optimizer(system, name, variant, **options):
-    """The chain of our transforms that does what a system's optimizer does.
+    """The chain of our transforms that equals a system's optimizer.
 
-    The options are more arguments of our rule.
+    `options` are further arguments of our rule.
     """
     rate, b1, b2 = learning_rate(system, variant), variant.b1, variant.b2
     if system in ("legacy", "multilr", "lazy"):
@@ -249,7 +247,7 @@ def scale_by(name, b1, b2, **options):
 
 
 def effect_of_start(start, first, momentum):
-    """What an average gains if it starts from p_0 rather than from p_1: momentum^t (p_0 - p_1).
+    """An average that starts from p_0, minus one that starts from p_1: momentum^t (p_0 - p_1).
 
     `start` is p_0, the initial weights; `first` is p_1, the weights after the first step.
     """

@@ -1,11 +1,11 @@
 """A second implementation of the optimizers, in float64 NumPy, from the papers, not from adamjax.
 
-A rule takes a list with one leaf's gradient in each step. It returns a list with the leaf's update
-in each step. Updates go uphill and have no learning rate. `descend` turns them into weights:
+A rule takes the gradients of one leaf, a list with one for each step. It returns the list of the
+leaf's updates. Updates go uphill and have no learning rate. `descend` turns them into weights:
 
     weights, averages = descend(start, adam(grads), learning_rate=1e-3)
 
-The step number `t` counts from 1. The `count` that a schedule takes counts from 0. Sources:
+The step number `t` starts at 1, and the `count` of a schedule at 0. Sources:
 
     [A]  Kingma & Ba, "Adam: a method for stochastic optimization", arXiv:1412.6980
     [R]  Reddi, Kale & Kumar, "On the convergence of Adam and beyond", arXiv:1904.09237
@@ -112,7 +112,7 @@ def _unbiased(moments, decay):
 def _normalised(m_hat, v, b2, eps_hat, eps):
     """m_hat / (sqrt(v_hat) + eps), or sqrt(1 - b2^t) m_hat / (sqrt(v) + eps_hat)."""
     if eps_hat is not None and eps is not None:
-        raise TypeError("give eps_hat or eps, not both")
+        raise TypeError("pass eps_hat or eps, not both")
     if eps is not None:
         v_hat = _unbiased(v, b2)
         return [m_t / (np.sqrt(v_t) + eps) for m_t, v_t in zip(m_hat, v_hat, strict=True)]
@@ -146,20 +146,20 @@ def clip_by_global_norm(gs, max_norm):
 def accumulate(grads, steps):
     """The mean gradient of each group of `steps` micro-batches. A shorter last group is dropped."""
     grads = float64(grads)
-    return [
-        sum(grads[i : i + steps]) / steps for i in range(0, len(grads) - len(grads) % steps, steps)
-    ]
+    end = len(grads) - len(grads) % steps
+    return [sum(grads[i : i + steps]) / steps for i in range(0, end, steps)]
 
 
-def after_each_micro_batch(start, values, steps, length):
-    """What the weights (or their averages) are after each of `length` micro-batches.
+def after_each_micro_batch(start, values, steps, num_micro_batches):
+    """The weights (or their averages) after each micro-batch.
 
     Args:
       start: the weights before the first micro-batch.
-      values: the weights after each step. A step is taken at every `steps`-th micro-batch.
+      values: the weights after each step.
+      steps: the number of micro-batches in a step.
     """
     values = float64([start, *values])
-    return [values[i // steps] for i in range(1, length + 1)]
+    return [values[i // steps] for i in range(1, num_micro_batches + 1)]
 
 
 # Learning rate, weight decay and the average of the weights, which come after a rule

@@ -1,4 +1,4 @@
-"""What the tests share: trees, comparisons, and what differs between JAX versions."""
+"""Helpers of the tests: processes, comparisons of trees, and differences between JAX versions."""
 
 import ast
 import json
@@ -20,24 +20,25 @@ except AttributeError:  # before JAX 0.8
 
 
 def environment(**more):
-    """The environment of a process that imports this package and the tests, and runs on the CPU."""
+    """Environment variables for a process on the CPU that imports adamjax and the tests."""
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
     path = os.pathsep.join(filter(None, paths))
     return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **more}
 
 
-def run_on_devices(count, code):
-    """Runs Python code in a process of its own that has several CPU devices; returns its output."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-    done = subprocess.run(
+def run_on_devices(num_devices, code):
+    """Runs Python code in a new process that has several CPU devices; returns its output."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += f" --xla_force_host_platform_device_count={num_devices}"
+    process = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env=environment(XLA_FLAGS=flags),
         capture_output=True,
         text=True,
         timeout=900,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout
 
 
 def imported_packages(code):
@@ -56,19 +57,19 @@ def is_none(x):
 
 
 def leaves(tree):
-    """The leaves as NumPy arrays, `None` among them."""
-    found = jax.tree.leaves(tree, is_leaf=is_none)
-    return [None if x is None else np.asarray(x) for x in found]
+    """The leaves as NumPy arrays. A `None` is a leaf too, and stays `None`."""
+    flat = jax.tree.leaves(tree, is_leaf=is_none)
+    return [None if x is None else np.asarray(x) for x in flat]
 
 
 def avals(tree):
-    """Structure, shapes and dtypes of a tree: what must not change."""
-    found, treedef = jax.tree.flatten(tree)
-    return treedef, [(jnp.shape(x), jnp.result_type(x)) for x in found]
+    """Structure, shapes and dtypes of a tree."""
+    flat, treedef = jax.tree.flatten(tree)
+    return treedef, [(jnp.shape(x), jnp.result_type(x)) for x in flat]
 
 
 def assert_same(actual, expected):
-    """The same structure, dtypes and bits."""
+    """Asserts the same structure, shapes, dtypes and bits."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(leaves(actual), leaves(expected), strict=True):
         assert (a is None) == (b is None)
@@ -77,13 +78,13 @@ def assert_same(actual, expected):
 
 
 def assert_close(actual, expected, rtol=2e-6, atol=0.0):
-    """The same structure and, within `rtol` of the largest value of a leaf, the same values."""
+    """Asserts the same structure and dtypes, and values within `rtol` of the largest of a leaf."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype
-        wide = np.complex128 if np.iscomplexobj(b) else np.float64
-        a, b = a.astype(wide), b.astype(wide)
+        wide_dtype = np.complex128 if np.iscomplexobj(b) else np.float64
+        a, b = a.astype(wide_dtype), b.astype(wide_dtype)
         scale = np.max(np.abs(b), initial=0.0)
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale + atol)
 
@@ -100,19 +101,19 @@ def jit_and_traces(function, **options):
 
 
 def ulp(x, dtype):
-    """The distance of neighbouring floats of the dtype at |x|."""
+    """The distance between neighbouring floats of the dtype at |x|."""
     info = jnp.finfo(dtype)
     exponent = np.frexp(np.abs(np.asarray(x, np.float64)))[1] - 1
     return 2.0 ** (np.maximum(exponent, int(info.minexp)) - int(info.nmant))
 
 
 def float0(shape=()):
-    """The gradient that JAX gives an integer."""
+    """The gradient that JAX returns for an integer."""
     return np.zeros(shape, jax.dtypes.float0)
 
 
 def run_benchmarks(*arguments, cwd):
-    """Runs `python -m benchmarks` on the CPU in the folder `cwd`; returns the ended process."""
+    """Runs `python -m benchmarks` on the CPU in the folder `cwd`; returns the finished process."""
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments],
         cwd=cwd,
@@ -123,7 +124,7 @@ def run_benchmarks(*arguments, cwd):
 
 
 def read_checkpoint(run):
-    """The checkpoint of a run of the training job, in `runs` of the current folder.
+    """Reads `runs/RUN/checkpoint.npz`, which the training job wrote.
 
     Returns the dictionary that describes the run, and the dictionary of arrays.
     """

@@ -1,6 +1,6 @@
-"""adamjax inside what people train with: optax, Flax, Equinox, Orbax, JAX' transformations.
+"""adamjax with other libraries: optax, Flax, Equinox, Orbax, and with JAX' transformations.
 
-Each test takes a few real steps and asks for the result of the plain loop, within rounding.
+Most tests take a few steps and compare the result with that of a plain loop, within rounding.
 """
 
 import copy
@@ -32,10 +32,10 @@ PARAMS = {
     "out": {"kernel": jnp.asarray(RNG.normal(size=3), jnp.float32)},
 }
 V = 12  # rows of the tables
-IDS = jnp.array([[1, 4, 4, 7], [2, 2, 9, 0], [11, 3, 3, 3]])  # never 5, 6, 8 and 10
+IDS = jnp.array([[1, 4, 4, 7], [2, 2, 9, 0], [11, 3, 3, 3]])  # rows 5, 6, 8 and 10 are never read
 ALL_IDS = jnp.arange(V)
 TABLES = {"table": jnp.asarray(RNG.normal(size=(V, 2)), jnp.float32), "w": jnp.ones(2)}
-# Two programs of the same arithmetic: XLA fuses, and so rounds, each in its own way.
+# The tolerance between programs with the same arithmetic: XLA may fuse, and so round, differently.
 ROUNDING = 2e-6
 # optax corrects biases by 1 - b**t in float32, which is off by 1e-5 at small t. A beta that goes
 # into `jit` as an argument is a float32, and 1 - b2 is off by 1e-5 as well.
@@ -58,7 +58,7 @@ def one_step(tx, params, state, *args, loss=loss_fn):
 
 @functools.cache
 def trained(tx, steps=5, apply=adamjax.apply_updates):
-    """The plain loop: the parameters and the state after so many jitted steps."""
+    """The parameters and the state after a plain loop of jitted steps."""
 
     @jax.jit
     def step(params, state):
@@ -72,7 +72,7 @@ def trained(tx, steps=5, apply=adamjax.apply_updates):
 
 
 def optimizer():
-    """One with everything: clipped, with a schedule, decay by pattern and an average."""
+    """An optimizer with a clip, a schedule, weight decay by a pattern, and an average."""
     return adamjax.chain(
         adamjax.clip_by_global_norm(0.5),
         adamjax.adamw(
@@ -83,7 +83,7 @@ def optimizer():
 
 
 def expected():
-    """What `optimizer` reaches in the plain loop."""
+    """The parameters and the state of `optimizer` after the plain loop."""
     return trained(optimizer())
 
 
@@ -93,7 +93,7 @@ MASK = {"hidden": {"bias": False, "kernel": True}, "out": {"kernel": True}}
 LABELS = {"hidden": {"bias": "bias", "kernel": "kernel"}, "out": {"kernel": "kernel"}}
 
 
-# By name: a mixture of ours and optax' transforms, and the same of ours alone.
+# By name: an optimizer of our and optax' transforms, and the same optimizer of ours alone.
 MIXED = {
     "optax.chain": (
         lambda: optax.chain(
@@ -186,7 +186,7 @@ MIXED = {
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_with_optax(name):
+def test_transforms_of_both_libraries_together(name):
     mixed, plain = (make() for make in MIXED[name])
     moved, state = trained(mixed, apply=optax.apply_updates)
     wanted, wanted_state = trained(plain)
@@ -195,17 +195,16 @@ def test_with_optax(name):
     assert adamjax.step_count(state) == adamjax.step_count(wanted_state)
     for slot in adamjax.slot_names(wanted_state):
         leaves = jax.tree.leaves(adamjax.get_slot(state, slot))
-        others = jax.tree.leaves(adamjax.get_slot(wanted_state, slot))
-        if len(leaves) == len(others):  # what optax masks has no slots
-            assert_close(leaves, others, tolerance)
+        wanted_leaves = jax.tree.leaves(adamjax.get_slot(wanted_state, slot))
+        assert_close(leaves, wanted_leaves, tolerance)
     if "weight_ema" in repr(plain):
         averages = map(adamjax.averaged_weights, (state, wanted_state))
         assert_close(*averages, tolerance)
 
 
 @functools.cache
-def lookup_plain(tx):
-    """What the plain loop makes of the tables, with dense gradients."""
+def plain_tables(tx):
+    """`TABLES` after a plain loop with dense gradients."""
     step = jax.jit(functools.partial(one_step, tx, loss=lookup_loss))
     carry = (TABLES, tx.init(TABLES))
     for ids in IDS:
@@ -213,7 +212,8 @@ def lookup_plain(tx):
     return carry[0]
 
 
-EXACT = {
+# By name: a wrapper that `exact_rows` is inside of.
+AROUND_EXACT_ROWS = {
     "optax.chain": lambda tx: optax.chain(optax.identity(), tx),
     "optax.apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
     "optax.MultiSteps": lambda tx: optax.MultiSteps(tx, 1),
@@ -228,10 +228,10 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_exact_rows_within_optax(name):
-    """optax's wrappers take dense gradients only. The result is that of plain `adam`."""
-    tx = EXACT[name](adamjax.exact_rows(adamjax.adam(0.1), "table", history=1024))
+@pytest.mark.parametrize("name", AROUND_EXACT_ROWS)
+def test_exact_rows_inside_of_optax_with_dense_gradients(name):
+    """The tables move as with `adam`."""
+    tx = AROUND_EXACT_ROWS[name](adamjax.exact_rows(adamjax.adam(0.1), "table", history=1024))
 
     @jax.jit
     def step(params, state, ids):
@@ -242,11 +242,11 @@ def test_exact_rows_within_optax(name):
     carry = (TABLES, tx.init(TABLES))
     for ids in IDS:
         carry = step(*carry, ids)
-    assert_close(carry[0], lookup_plain(adamjax.adam(0.1)), ROUNDING)
+    assert_close(carry[0], plain_tables(adamjax.adam(0.1)), ROUNDING)
 
 
-def test_a_ticket_through_optax():
-    """Row gradients and tickets pass optax.chain, if it is told that extra arguments are taken."""
+def test_row_gradients_and_tickets_go_through_optax_chain():
+    """It passes a ticket only to a `GradientTransformationExtraArgs`."""
     plain = adamjax.adamw(0.1, weight_decay=0.1)
     exact = adamjax.exact_rows(plain, "table", history=1024)
     tx = optax.chain(optax.GradientTransformationExtraArgs(*exact))
@@ -261,10 +261,10 @@ def test_a_ticket_through_optax():
     for ids in IDS:
         params, state = step(params, state, ids)
     params, _ = exact.flush(params, state[0])
-    assert_close(params, lookup_plain(plain), LOOSER)
+    assert_close(params, plain_tables(plain), LOOSER)
 
 
-def test_exact_rows_refuse_what_they_do_not_know():
+def test_exact_rows_refuse_transforms_of_optax():
     with pytest.raises(ValueError, match="cannot be in the chain of a table"):
         adamjax.exact_rows(adamjax.chain(optax.clip(1.0), adamjax.adam()), "table")
 
@@ -295,7 +295,7 @@ def nnx_loss(model, ids):
 
 @functools.cache
 def nnx_plain(tx):
-    """What the plain loop makes of the model's parameters, as a dict of arrays."""
+    """The model's parameters, as a dict of arrays, and the state after a plain loop."""
     nnx = pytest.importorskip("flax.nnx")
     graph, params, rest = nnx.split(nnx_model()(nnx.Rngs(0)), nnx.Param, ...)
 
@@ -310,6 +310,7 @@ def nnx_plain(tx):
 
 
 def nnx_trained(tx, gradient=None):
+    """The parameters, as a dict of arrays, the `nnx.Optimizer` and the model after its steps."""
     nnx = pytest.importorskip("flax.nnx")
     model = nnx_model()(nnx.Rngs(0))
     nnx_optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -324,7 +325,7 @@ def nnx_trained(tx, gradient=None):
     return nnx.to_pure_dict(nnx.state(model, nnx.Param)), nnx_optimizer, model
 
 
-NNX = {
+NNX_OPTIMIZERS = {
     "everything": optimizer,
     "amsgrad in optax.chain": lambda: optax.chain(optax.clip(1.0), adamjax.amsgrad(0.1)),
     "masked": lambda: adamjax.chain(
@@ -336,10 +337,10 @@ NNX = {
 }
 
 
-@pytest.mark.parametrize("name", NNX)
+@pytest.mark.parametrize("name", NNX_OPTIMIZERS)
 def test_nnx_optimizer(name):
-    params, nnx_optimizer, _ = nnx_trained(NNX[name]())
-    wanted, state = nnx_plain(NNX[name]())
+    params, nnx_optimizer, _ = nnx_trained(NNX_OPTIMIZERS[name]())
+    wanted, state = nnx_plain(NNX_OPTIMIZERS[name]())
     assert_close(params, wanted, ROUNDING)
     assert nnx_optimizer.step[...] == len(IDS)
     nnx = pytest.importorskip("flax.nnx")
@@ -366,8 +367,7 @@ def test_nnx_optimizer_with_patterns_anchored_at_the_end(name):
     assert_close(params, wanted, ROUNDING)
 
 
-def test_nnx_averages():
-    """The average of a model's weights, put into the model."""
+def test_the_average_of_an_nnx_model_is_put_into_the_model():
     nnx = pytest.importorskip("flax.nnx")
     _, nnx_optimizer, model = nnx_trained(optimizer())
     wanted, state = nnx_plain(optimizer())
@@ -380,7 +380,7 @@ def test_nnx_averages():
 
 @pytest.mark.parametrize("rows", ["dense", "lazy"])
 def test_nnx_row_gradients(rows):
-    """A model as it is, differentiated by rows, and Flax' own optimizer."""
+    """`adamjax.value_and_grad` of an unchanged model, and Flax' own optimizer."""
 
     def gradient(model, ids):
         return adamjax.value_and_grad(nnx_loss, "embed")(model, ids)[1]
@@ -431,7 +431,7 @@ def test_nnx_exact_rows():
 
 
 def test_nnx_extra_arguments():
-    """`Optimizer.update` hands them on, to what takes them."""
+    """`nnx.Optimizer.update` passes them on to the transforms that accept them."""
     contrib = pytest.importorskip("optax.contrib")
     nnx = pytest.importorskip("flax.nnx")
     tx = adamjax.chain(adamjax.adam(0.1), contrib.reduce_on_plateau(factor=0.5, patience=2))
@@ -450,7 +450,7 @@ def test_nnx_extra_arguments():
 # --- flax.linen -----------------------------------------------------------------------------------
 
 
-def linen_state(tx):
+def linen_train_state(tx):
     linen = pytest.importorskip("flax.linen")
     from flax.training.train_state import TrainState
 
@@ -476,20 +476,20 @@ def linen_step(train_state, ids):
     )
 
 
-LINEN = {
+LINEN_OPTIMIZERS = {
     "everything": optimizer,
     "anchored": lambda: adamjax.partition(
         [("embedding$", adamjax.scale(0.0))], default=optimizer()
     ),
     "optax.MultiSteps": lambda: optax.MultiSteps(optimizer(), 2).gradient_transformation(),
-    "arrays": lambda: adamjax.adam(jnp.float32(0.1)),
+    "rate as an array": lambda: adamjax.adam(jnp.float32(0.1)),
 }
 
 
-@pytest.mark.parametrize("name", LINEN)
-def test_train_state(name):
-    tx = LINEN[name]()
-    train_state = linen_state(tx)
+@pytest.mark.parametrize("name", LINEN_OPTIMIZERS)
+def test_linen_train_state(name):
+    tx = LINEN_OPTIMIZERS[name]()
+    train_state = linen_train_state(tx)
     params, state = train_state.params, tx.init(train_state.params)
     params = jax.tree.map(jnp.copy, params)
     plain = jax.jit(
@@ -504,10 +504,11 @@ def test_train_state(name):
 
 
 @pytest.mark.parametrize("rows", ["dense", "exact"])
-def test_train_state_with_rows(rows):
+def test_linen_train_state_with_row_gradients(rows):
+    """It ends with the parameters that dense gradients lead to."""
     inner = adamjax.adamw(0.1, weight_decay=0.1)
     tx = adamjax.exact_rows(inner, "embedding$") if rows == "exact" else inner
-    train_state, plain = linen_state(tx), linen_state(inner)
+    train_state, plain = linen_train_state(tx), linen_train_state(inner)
 
     @jax.jit
     def step(train_state, ids):
@@ -565,9 +566,11 @@ def eqx_class():
         embed: eqx.nn.Embedding
         hidden: eqx.nn.Linear
         out: eqx.nn.Linear
-        activation: Any  # a function: a leaf that is no array
-        name: str  # another
+        # Leaves that are no arrays.
+        activation: Any
+        name: str
         steps: int
+        # Not a leaf.
         width: int = eqx.field(static=True)
 
         def __call__(self, index):
@@ -596,7 +599,7 @@ def eqx_loss(model, ids):
 
 @functools.cache
 def eqx_plain(tx):
-    """What the plain loop makes of the model's arrays."""
+    """The model's arrays after a plain loop."""
     eqx = pytest.importorskip("equinox")
     arrays, rest = eqx.partition(eqx_model(), eqx.is_inexact_array)
 
@@ -609,17 +612,16 @@ def eqx_plain(tx):
     return carry[0]
 
 
-def test_equinox():
+def test_equinox_with_filtered_arrays():
     eqx = pytest.importorskip("equinox")
-    which = eqx.is_array
     tx = optax.chain(adamjax.clip_by_global_norm(0.5), adamjax.adamw(0.1, mask="weight$"))
     model = eqx_model()
-    state = tx.init(eqx.filter(model, which))
+    state = tx.init(eqx.filter(model, eqx.is_array))
 
     @eqx.filter_jit
     def step(model, state, ids):
         _, grads = eqx.filter_value_and_grad(eqx_loss)(model, ids)
-        updates, state = tx.update(grads, state, eqx.filter(model, which))
+        updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_array))
         return eqx.apply_updates(model, updates), state
 
     for ids in IDS:
@@ -628,11 +630,8 @@ def test_equinox():
     assert (model.activation, model.name, model.steps) == (jax.nn.tanh, "model", 7)
 
 
-def test_buckets_of_a_pickled_equinox_state():
-    """An Equinox module has static values beside its leaves.
-
-    After unpickling, these static values are new objects.
-    """
+def test_an_unpickled_equinox_state_in_buckets_does_not_retrace_the_step():
+    """The static values of an Equinox module are new objects after unpickling."""
     eqx = pytest.importorskip("equinox")
     layer = eqx.nn.Linear(4, 3, key=jax.random.key(0))
     arrays, tx = eqx.filter(layer, eqx.is_inexact_array), adamjax.grouped(adamjax.adam(0.1))
@@ -643,8 +642,7 @@ def test_buckets_of_a_pickled_equinox_state():
     assert len(traces) == 1
 
 
-def test_a_whole_equinox_model():
-    """With slots, `init` asks for the model's arrays; without, it takes the model as it is."""
+def test_init_refuses_a_whole_equinox_model_if_it_needs_slots_for_all_leaves():
     eqx = pytest.importorskip("equinox")
     model = eqx_model()
     for tx in (
@@ -659,6 +657,7 @@ def test_a_whole_equinox_model():
         with pytest.raises(TypeError, match=wanted):
             tx.init(model)
         tx.init(eqx.filter(model, eqx.is_inexact_array))
+    # Without slots, or with slots only of arrays.
     _, grads = eqx.filter_value_and_grad(eqx_loss)(model, IDS[0])
     for tx in (
         adamjax.chain(adamjax.clip_by_global_norm(0.5), adamjax.scale(-0.1)),
@@ -675,7 +674,7 @@ def test_a_whole_equinox_model():
 
 
 def test_a_mask_that_is_an_equinox_model():
-    """An Equinox model of bools can be called: it is a tree all the same."""
+    """Such a mask is callable, but it is used as a tree."""
     eqx = pytest.importorskip("equinox")
     arrays = eqx.filter(eqx_model(), eqx.is_inexact_array)
 
@@ -685,8 +684,8 @@ def test_a_mask_that_is_an_equinox_model():
     zeros = jax.tree.map(jnp.zeros_like, arrays)
     expected = adamjax.adamw(0.1, weight_decay=0.5, mask=matrices)
     expected, _ = expected.update(zeros, expected.init(arrays), arrays)
-    of_all = jax.tree.map(lambda x: eqx.is_array(x) and x.ndim == 2, eqx_model())
-    for mask in (matrices(arrays), of_all):
+    of_all_leaves = jax.tree.map(lambda x: eqx.is_array(x) and x.ndim == 2, eqx_model())
+    for mask in (matrices(arrays), of_all_leaves):
         tx = adamjax.adamw(0.1, weight_decay=0.5, mask=mask)
         assert hash(tx) == hash(copy.deepcopy(tx))
         updates, _ = jax.jit(tx.update)(zeros, tx.init(arrays), arrays)
@@ -694,20 +693,20 @@ def test_a_mask_that_is_an_equinox_model():
 
 
 def test_a_mask_that_is_an_nnx_state():
-    """Its Variables are around the leaves at `init`, and not at `update`."""
+    """`nnx.Optimizer` passes variables to `init` and arrays to `update`: the mask fits both."""
     nnx = pytest.importorskip("flax.nnx")
     state = nnx.state(nnx_model()(nnx.Rngs(0)), nnx.Param)
-    mask = jax.tree.map(lambda x: jnp.ndim(x) == 2, state)
+    matrices = jax.tree.map(lambda x: jnp.ndim(x) == 2, state)
     moved = []
-    for given in (mask, "kernel$|embedding$"):
-        tx = adamjax.adamw(0.1, weight_decay=0.5, mask=given)
+    for mask in (matrices, "kernel$|embedding$"):
+        tx = adamjax.adamw(0.1, weight_decay=0.5, mask=mask)
         assert pickle.loads(pickle.dumps(tx)) == tx
         moved.append(nnx_trained(tx)[0])
     assert_same(*moved)
 
 
 def test_equinox_with_a_transform_as_argument():
-    """`filter_jit` traces arrays and keeps floats static: a rate that is an array may change."""
+    """`filter_jit` traces only arrays, so a rate that is an array can change without a retrace."""
     eqx = pytest.importorskip("equinox")
     traces = []
 
@@ -730,7 +729,7 @@ def test_equinox_with_a_transform_as_argument():
 
 
 def test_equinox_row_gradients():
-    """Rows of an embedding are trained; the loss combines its parameters with the model's rest."""
+    """Those of a loss that combines the parameters with the rest of the model."""
     eqx = pytest.importorskip("equinox")
     tx = adamjax.exact_rows(adamjax.adam(0.1), "embed/weight$")
     params, rest = eqx.partition(eqx_model(), eqx.is_inexact_array)
@@ -757,18 +756,18 @@ def test_equinox_row_gradients():
     assert_close(params, eqx_plain(adamjax.adam(0.1)), LOOSER)
 
 
-UNFILTERED = {
+WITHOUT_FILTER = {
     "adam": lambda: adamjax.adam(0.1),
     "adamw": lambda: adamjax.chain(adamjax.clip_by_norm(1.0), adamjax.adamw(0.1)),
     "masked": lambda: adamjax.masked(adamjax.adam(0.1), "."),
 }
 
 
-@pytest.mark.parametrize("name", UNFILTERED)
+@pytest.mark.parametrize("name", WITHOUT_FILTER)
 def test_equinox_with_the_model_as_parameters(name):
-    """Leaves that are no arrays have no gradient: the whole model may stand for its parameters."""
+    """`update` accepts a whole model: leaves that are no arrays have no gradient."""
     eqx = pytest.importorskip("equinox")
-    tx, model = UNFILTERED[name](), eqx_model()
+    tx, model = WITHOUT_FILTER[name](), eqx_model()
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit
@@ -798,6 +797,9 @@ STATES = {
     "optax": lambda: optax.chain(optax.clip(1.0), optax.MultiSteps(adamjax.adam(0.1), 2)),
     "narrow": lambda: adamjax.adam(0.1, m_dtype="bfloat16"),
 }
+
+
+# Functions that save a state in a folder, or in memory, and restore it into a state `like` it.
 
 
 def pickled(state, like, folder):
@@ -842,7 +844,7 @@ def orbax_manager(state, like, folder):
         return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))
 
 
-WAYS = [
+ROUND_TRIPS = [
     pickled,
     flax_bytes,
     flax_state_dict,
@@ -854,8 +856,8 @@ WAYS = [
 
 
 @functools.cache
-def half_way(name):
-    """A transform, its jitted step, the parameters and the state after some."""
+def after_three_steps(name):
+    """A transform, its jitted step, and the parameters and the state after three steps."""
     tx = STATES[name]()
     step, carry = jax.jit(functools.partial(one_step, tx)), (PARAMS, tx.init(PARAMS))
     for _ in range(3):
@@ -863,23 +865,22 @@ def half_way(name):
     return tx, step, *carry
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("round_trip", ROUND_TRIPS, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("name", STATES)
-def test_saved_and_restored(name, way, tmp_path):
-    """Saved and restored into a fresh state, a run goes on as if nothing had been."""
-    if way is orbax_manager and name != "everything":
+def test_a_restored_state_and_its_next_step_have_the_same_bits(name, round_trip, tmp_path):
+    if round_trip is orbax_manager and name != "everything":
         pytest.skip("the manager saves as StandardCheckpointer does")
-    if way is equinox_leaves and name == "narrow":
-        pytest.skip("NumPy's files, in which Equinox writes, know no bfloat16")
-    tx, step, params, state = half_way(name)
-    restored = way(state, tx.init(PARAMS), tmp_path)
+    if round_trip is equinox_leaves and name == "narrow":
+        pytest.skip("Equinox writes files of NumPy, which have no bfloat16")
+    tx, step, params, state = after_three_steps(name)
+    restored = round_trip(state, tx.init(PARAMS), tmp_path)
     assert_same(restored, state)
     assert_same(step(params, restored), step(params, state))
 
 
 @functools.cache
 def exact_state():
-    """A state of exact rows some of which lag behind."""
+    """`exact_rows`, its step, and parameters and a state in which some rows lag behind."""
     tx = adamjax.exact_rows(adamjax.adamw(0.1, weight_decay=0.1), "table", history=1024)
 
     @jax.jit
@@ -894,17 +895,17 @@ def exact_state():
     return tx, step, params, state
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_exact_rows_saved_and_restored(way, tmp_path):
+@pytest.mark.parametrize("round_trip", ROUND_TRIPS, ids=lambda function: function.__name__)
+def test_a_restored_state_of_exact_rows_has_the_same_bits(round_trip, tmp_path):
     tx, step, params, state = exact_state()
-    restored = way(state, tx.init(TABLES), tmp_path)
+    restored = round_trip(state, tx.init(TABLES), tmp_path)
     assert_same(restored, state)
     assert_same(step(params, restored, IDS[1]), step(params, state, IDS[1]))
 
 
 @functools.cache
 def accumulated_state():
-    """A state between micro-batches, with room for rows rather than for a dense gradient."""
+    """`accumulate_gradients`, its step, and a state that has accumulated row gradients."""
     tx = adamjax.accumulate_gradients(adamjax.adam(0.1), 3, max_rows=[("table", 8)])
 
     @jax.jit
@@ -917,23 +918,22 @@ def accumulated_state():
     return tx, step, state
 
 
-UNKNOWN = pytest.mark.xfail(strict=True, reason="Flax does not know RowGradient")
+FLAX_FAILS = pytest.mark.xfail(strict=True, reason="Flax does not know RowGradient")
 
 
 @pytest.mark.parametrize(
-    "way",
-    [pytest.param(way, marks=UNKNOWN) if way is flax_bytes else way for way in WAYS],
-    ids=lambda way: way.__name__,
+    "round_trip",
+    [pytest.param(f, marks=FLAX_FAILS) if f is flax_bytes else f for f in ROUND_TRIPS],
+    ids=lambda function: function.__name__,
 )
-def test_accumulated_rows_saved_and_restored(way, tmp_path):
+def test_a_restored_state_of_accumulated_rows_has_the_same_bits(round_trip, tmp_path):
     tx, step, state = accumulated_state()
-    restored = way(state, tx.init(TABLES), tmp_path)
+    restored = round_trip(state, tx.init(TABLES), tmp_path)
     assert_same(restored, state)
     assert_same(step(restored, IDS[2]), step(state, IDS[2]))
 
 
-def test_flax_says_what_does_not_fit():
-    """After a leaf was added, or with another optimizer, Flax names what it misses."""
+def test_flax_refuses_a_state_with_another_leaf_or_of_another_optimizer():
     serialization = pytest.importorskip("flax.serialization")
     saved = serialization.to_state_dict(adamjax.adam(0.1).init({"w": jnp.ones(2)}))
     grown = adamjax.adam(0.1).init({"w": jnp.ones(2), "new": jnp.ones(3)})
@@ -943,43 +943,41 @@ def test_flax_says_what_does_not_fit():
         serialization.from_state_dict(adamjax.adamax(0.1).init({"w": jnp.ones(2)}), saved)
 
 
-def test_orbax_says_what_does_not_fit(tmp_path):
+def test_orbax_refuses_a_state_with_another_leaf_or_of_another_optimizer(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     small, grown = {"w": jnp.ones(2)}, {"w": jnp.ones(2), "new": jnp.ones(3)}
     tx = optimizer()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", tx.init(small))
         checkpointer.wait_until_finished()
-        for other, missed in (
+        for target, message in (
             (jax.eval_shape(tx.init, grown), r"'m', 'new'.*not found"),
             (jax.eval_shape(adamjax.amsgrad(0.1).init, small), "not found"),
         ):
-            with pytest.raises(ValueError, match=missed):
-                checkpointer.restore(tmp_path / "state", other)
+            with pytest.raises(ValueError, match=message):
+                checkpointer.restore(tmp_path / "state", target)
 
 
 @pytest.mark.parametrize(
-    "other", [{"b": (4,), "c": (4,)}, {"a": (5,), "b": (3,)}, {"a": (2, 2), "b": (4,)}]
+    "other_shapes", [{"b": (4,), "c": (4,)}, {"a": (5,), "b": (3,)}, {"a": (2, 2), "b": (4,)}]
 )
-def test_orbax_refuses_buckets_of_other_leaves(other, tmp_path):
-    """Of the same size: leaves that were renamed, that have swapped sizes or another shape."""
+def test_orbax_refuses_buckets_of_other_leaves(other_shapes, tmp_path):
+    """The bucket has the same size, but leaves have other names or shapes or swapped sizes."""
     ocp = pytest.importorskip("orbax.checkpoint")
     tx = adamjax.grouped(adamjax.adam(0.1))
-    shapes = {"a": (3,), "b": (5,)} if other == {"a": (5,), "b": (3,)} else {"a": (4,), "b": (4,)}
-    params, others = ({k: jnp.ones(v) for k, v in x.items()} for x in (shapes, other))
+    has_swapped = other_shapes == {"a": (5,), "b": (3,)}
+    shapes = {"a": (3,), "b": (5,)} if has_swapped else {"a": (4,), "b": (4,)}
+    params, other = ({k: jnp.ones(v) for k, v in x.items()} for x in (shapes, other_shapes))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", tx.init(params))
         checkpointer.wait_until_finished()
         checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
         with pytest.raises(ValueError, match=r"bucket 0 of 2 leaves.*not found"):
-            checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, others))
+            checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, other))
 
 
-def test_a_state_that_does_not_fit_is_refused():
-    """Also where a checkpoint was restored without comparing shapes.
-
-    The next step refuses it and names the leaf.
-    """
+def test_a_step_refuses_a_state_that_does_not_fit():
+    """For example from a checkpoint that was restored without comparing shapes."""
     tx = adamjax.adam(0.1)
     state = tx.init(PARAMS)
     grown = {**PARAMS, "new": jnp.ones(3)}
@@ -989,7 +987,7 @@ def test_a_state_that_does_not_fit_is_refused():
     wider = {**PARAMS, "out": {"kernel": jnp.ones(4)}}
     with pytest.raises(ValueError, match=r"'out/kernel'.*expected shape"):
         tx.update(wider, state, wider)
-    # Orbax without a target gives lists and dicts.
+    # Without a target, Orbax restores lists and dicts.
     plain = [{"count": state[0].count, "m": state[0].m, "v": state[0].v}, {"count": 0}]
     with pytest.raises(TypeError, match="the state is a list, expected"):
         tx.update(PARAMS, plain, PARAMS)
@@ -998,7 +996,7 @@ def test_a_state_that_does_not_fit_is_refused():
 # --- JAX' transformations -------------------------------------------------------------------------
 
 
-def test_scan():
+def test_steps_in_a_scan():
     tx = optimizer()
 
     def body(carry, _):
@@ -1009,7 +1007,7 @@ def test_scan():
 
 
 def test_fori_and_while_loops():
-    """A solver with `init_state` and `update`, as jaxopt's, in a loop until it is near enough."""
+    """A solver with the methods of jaxopt's, which loops until the gradient is small."""
 
     class OptStep(NamedTuple):
         params: Any
@@ -1042,12 +1040,12 @@ def test_fori_and_while_loops():
             return jax.lax.while_loop(unfinished, lambda step: self.update(*step), start)
 
     solver = Solver(adamjax.adam(0.05), 0.02)
-    found = jax.jit(solver.run)(PARAMS)
-    steps = int(found.state.iter_num)
+    end = jax.jit(solver.run)(PARAMS)
+    steps = int(end.state.iter_num)
     assert 20 < steps < 500
-    assert found.state.error <= 0.02
-    assert adamjax.step_count(found.state) == steps
-    assert_close(found.params, trained(adamjax.adam(0.05), steps=steps)[0], 1e-4)
+    assert end.state.error <= 0.02
+    assert adamjax.step_count(end.state) == steps
+    assert_close(end.params, trained(adamjax.adam(0.05), steps=steps)[0], 1e-4)
 
     tx = optimizer()
     looped = jax.jit(lambda c: jax.lax.fori_loop(0, 5, lambda _, c: one_step(tx, *c), c))
@@ -1055,7 +1053,7 @@ def test_fori_and_while_loops():
 
 
 def test_rematerialization():
-    """Rematerialized: a loss within a step, and steps that are differentiated themselves."""
+    """`jax.checkpoint` of a loss within a step, and of steps that are differentiated."""
     tx = optimizer()
     remat = functools.partial(one_step, tx, loss=jax.checkpoint(loss_fn))
     carry = (PARAMS, tx.init(PARAMS))
@@ -1063,19 +1061,21 @@ def test_rematerialization():
         carry = jax.jit(remat)(*carry)
     assert_close(carry, expected(), ROUNDING)
 
-    def after(rate, around):
+    def loss_after_steps(rate, wrap):
         tx = adamjax.adamw(rate)
 
         def body(carry, _):
             return one_step(tx, *carry), None
 
-        (params, _), _ = jax.lax.scan(around(body), (PARAMS, tx.init(PARAMS)), length=4)
+        (params, _), _ = jax.lax.scan(wrap(body), (PARAMS, tx.init(PARAMS)), length=4)
         return loss_fn(params)
 
     rate = jnp.array(0.05)
-    plain = jax.jit(jax.value_and_grad(functools.partial(after, around=lambda f: f)))
-    again = jax.jit(jax.value_and_grad(functools.partial(after, around=jax.checkpoint)))
-    assert_close(again(rate), plain(rate), 1e-5)
+    plain, rematerialized = (
+        jax.jit(jax.value_and_grad(functools.partial(loss_after_steps, wrap=wrap)))
+        for wrap in (lambda f: f, jax.checkpoint)
+    )
+    assert_close(rematerialized(rate), plain(rate), 1e-5)
     h = 1e-3
     slope = (plain(rate + h)[0] - plain(rate - h)[0]) / (2 * h)
     np.testing.assert_allclose(plain(rate)[1], slope, rtol=2e-2)
@@ -1090,7 +1090,7 @@ CHECKED = {
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_checkify(name):
-    """Every check of JAX is content with a step, also of zero gradients; a NaN is reported."""
+    """A step passes all of JAX' checks, also with gradients of zero. A NaN is reported."""
     tx = CHECKED[name]()
 
     def step(params, state, scale):
@@ -1113,10 +1113,9 @@ def test_checkify(name):
 
 
 def test_checkify_with_rows():
-    """Only floats are checked.
+    """Without index checks.
 
-    Unused places of a row gradient have an index beyond the table's end, which JAX's index checks
-    would report.
+    They would report the unused places of a row gradient, whose index is beyond the table's end.
     """
     tx = adamjax.adam(0.1)
 
@@ -1130,11 +1129,11 @@ def test_checkify_with_rows():
     for ids in IDS:
         error, carry = checked(*carry, ids)
         error.throw()
-    assert_close(carry[0], lookup_plain(tx), ROUNDING)
+    assert_close(carry[0], plain_tables(tx), ROUNDING)
 
 
 def test_many_optimizers_at_once():
-    """An axis of rates and decays, each with its own state, by scan under vmap."""
+    """`vmap` over rates and decays: each pair has its own scan and its own state."""
     rates, decays = jnp.array([0.01, 0.1, 0.3]), jnp.array([0.0, 0.1, 0.01])
 
     def run(tx):
@@ -1152,7 +1151,7 @@ def test_many_optimizers_at_once():
         assert_close(jax.tree.map(operator.itemgetter(i), many), alone, LOOSER)
 
 
-def test_donation():
+def test_donated_parameters_and_state_are_freed():
     tx = optax.chain(optax.clip_by_global_norm(0.5), optimizer())
     step = jax.jit(functools.partial(one_step, tx), donate_argnums=(0, 1))
     params = jax.tree.map(jnp.copy, PARAMS)
@@ -1164,7 +1163,7 @@ def test_donation():
     assert_close(params, trained(tx)[0], ROUNDING)
 
 
-def test_static_and_traced_transforms():
+def test_a_transform_is_a_static_or_a_traced_argument_of_jit():
     tx = optimizer()
     for static, tolerance in (((0,), ROUNDING), ((), LOOSER)):
         traces = []
@@ -1175,12 +1174,12 @@ def test_static_and_traced_transforms():
 
         step, carry = jax.jit(counted, static_argnums=static), (PARAMS, tx.init(PARAMS))
         for _ in range(5):
-            carry = step(optimizer(), *carry)  # an equal one, made anew
+            carry = step(optimizer(), *carry)  # equal to `tx`, but a new object
         assert len(traces) == 1
         assert_close(carry, expected(), tolerance)
 
 
-def test_ahead_of_time():
+def test_a_step_is_compiled_ahead_of_time():
     tx = optimizer()
     shapes = jax.eval_shape(lambda p: (p, tx.init(p)), PARAMS)
     compiled = jax.jit(functools.partial(one_step, tx)).lower(*shapes).compile()
@@ -1191,8 +1190,7 @@ def test_ahead_of_time():
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_exported(rows):
-    """A step is exported for three platforms at once, and called on the platform of the test."""
+def test_a_step_is_exported_for_three_platforms_and_called_on_this_one(rows):
     if rows:
         tx, step, params, state = exact_state()
         args = (IDS[0],)
@@ -1203,9 +1201,9 @@ def test_exported(rows):
             PARAMS,
             tx.init(PARAMS),
         )
-    made = export.export(step, platforms=("cpu", "cuda", "tpu"))(params, state, *args)
-    assert made.platforms == ("cpu", "cuda", "tpu")
-    assert_close(made.call(params, state, *args), step(params, state, *args), ROUNDING)
+    exported = export.export(step, platforms=("cpu", "cuda", "tpu"))(params, state, *args)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert_close(exported.call(params, state, *args), step(params, state, *args), ROUNDING)
 
 
 # --- several devices ------------------------------------------------------------------------------
@@ -1229,7 +1227,7 @@ def run_with_devices(*functions):
 
 
 def replicas():
-    """Replicas that each have a share of the batch take the steps of one that has all of it."""
+    """Replicas with a share of the batch each take the steps of one device with the whole batch."""
     assert jax.device_count() == DEVICES
     share = 1 / DEVICES
     ours = adamjax.chain(adamjax.sum_over("batch"), adamjax.scale(share), optimizer())
@@ -1257,24 +1255,27 @@ def replicas():
 
 
 def shardings():
-    """States are sharded as their parameters, by optax' `tree_map_params` and by explicit types."""
+    """States get the shardings of their parameters.
+
+    On a mesh with automatic axes by optax' `tree_map_params`, with explicit axes by themselves.
+    """
     P = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((DEVICES,), ("x",))
     specs = {"w": P(None, "x"), "b": P("x")}
     param_shardings = {name: jax.sharding.NamedSharding(mesh, spec) for name, spec in specs.items()}
     params = jax.device_put({"w": jnp.ones((2, 8)), "b": jnp.ones(8)}, param_shardings)
-    everywhere = jax.sharding.NamedSharding(mesh, P())
+    replicated = jax.sharding.NamedSharding(mesh, P())
     for make in OPTIMIZERS.values():
         tx = make()
         state = tx.init(jax.device_get(params))
-        where = optax.tree_utils.tree_map_params(
+        state_shardings = optax.tree_utils.tree_map_params(
             tx,
             lambda _, sharding: sharding,
             state,
             param_shardings,
-            transform_non_params=lambda _: everywhere,
+            transform_non_params=lambda _: replicated,
         )
-        state = jax.device_put(state, where)
+        state = jax.device_put(state, state_shardings)
         step = jax.jit(tx.update)
         updates, after = step(params, state, params)
         for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
@@ -1297,15 +1298,18 @@ def shardings():
                     jax.jit(tx.update)(p, tx.init(p), p)[1],
                 )
             ]
-            assert all(found == types[0] for found in types), types
+            assert all(x == types[0] for x in types), types
 
 
 def test_replicas_and_shardings():
     run_with_devices(replicas, shardings)
 
 
-def onto_other_devices():
-    """A run on one device is saved, continued on eight, then on two, as if nothing had changed."""
+def continue_on_other_devices():
+    """A run on one device continues on eight and then on two, each time from a checkpoint.
+
+    It is compared with a run on one device. With `exact_rows`, it ends on eight devices.
+    """
     import orbax.checkpoint as ocp
 
     P = jax.sharding.PartitionSpec
@@ -1329,21 +1333,21 @@ def onto_other_devices():
 
         run = (params, tx.init(params))
         with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
-            for number, devices in enumerate(device_counts):
-                mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("rows",))
+            for number, count in enumerate(device_counts):
+                mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), ("rows",))
 
                 def sharded_shape(x, mesh=mesh):
-                    rows = x.ndim == 2 or x.shape == (16,)
-                    spec = P("rows") if rows else P()
-                    where = jax.sharding.NamedSharding(mesh, spec)
-                    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+                    has_rows = x.ndim == 2 or x.shape == (16,)
+                    spec = P("rows") if has_rows else P()
+                    sharding = jax.sharding.NamedSharding(mesh, spec)
+                    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
                 if number:
                     target = jax.tree.map(sharded_shape, jax.eval_shape(fresh, params))
                     run = checkpointer.restore(f"{folder}/{number - 1}", target)
                     tables = [x for x in jax.tree.leaves(run) if x.shape == (16, 4)]
                     assert len(tables) >= 3
-                    assert all(len(x.sharding.device_set) == devices for x in tables)
+                    assert all(len(x.sharding.device_set) == count for x in tables)
                     run = jax.device_put(run, jax.tree.map(lambda x: x.sharding, target))
                 for ids in IDS:
                     run = step(*run, ids)
@@ -1351,29 +1355,29 @@ def onto_other_devices():
                 checkpointer.wait_until_finished()
 
             assert_close(jax.device_get(run), jax.device_get(plain), LOOSER)
-            # A table that has grown since.
+            # The target has more rows than the checkpoint.
             grown = {**params, "table": jnp.ones((20, 4))}
             target = jax.eval_shape(fresh, grown)
-            # Orbax names whichever array it comes to first: the table, or what is kept of its rows.
+            # Orbax names the first array that does not fit: the table, or an array of its state.
             with pytest.raises(ValueError, match=r"\(20,.*\) is not compatible.*\(16,.*\)"):
                 checkpointer.restore(f"{folder}/0", target)
 
 
-def test_onto_other_devices():
+def test_a_run_continues_on_other_devices():
     pytest.importorskip("orbax.checkpoint")
-    run_with_devices(onto_other_devices)
+    run_with_devices(continue_on_other_devices)
 
 
-def test_packages_are_here():
-    """With a new JAX all packages must be installed, so that no test above is skipped unnoticed."""
+def test_all_packages_are_installed():
+    """So that no test above is skipped unnoticed."""
     if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 9):
-        pytest.skip("the oldest JAX is tested without them")
+        pytest.skip("with an older JAX, tests run without them")
     for name in ("flax", "equinox", "orbax.checkpoint", "optax.contrib"):
         importlib.import_module(name)
 
 
-def test_a_state_goes_on_in_another_format():
-    """As docs/checkpoints.md says."""
+def test_a_state_is_moved_to_another_format_as_in_the_docs():
+    """See docs/checkpoints.md."""
     params = {"w": jnp.ones((4, 2), jnp.bfloat16)}
     adam = adamjax.adam(1e-3)
     _, state = adam.update(params, adam.init(params), params)

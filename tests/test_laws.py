@@ -1,9 +1,9 @@
-"""One table of every transform, and every law that must hold for each of them.
+"""A table of every transform, and the laws that must hold for each of them.
 
-`CASES` is the table. A law is a test of every case. Some laws are those of `adamjax.testing`, which
-users try on their own transforms. The others are here: they must know more of a case. Where a law
-does not hold for a case, the case says so and why in `exempt`. The test then runs all the same and
-must fail (a strict xfail), so that no exemption outlives its reason.
+The table is `CASES`. A law is a test of every case. The laws of `adamjax.testing`, which users try
+on their own transforms, are among them. The other laws are in this file: they need attributes of a
+`Case`. If a law does not hold for a case, `exempt` has the reason. Then the test must fail (it is a
+strict xfail), so that no exemption outlives its reason.
 """
 
 import functools
@@ -65,8 +65,8 @@ class Case:
     Attributes:
       name: its name in errors and, with a hyphen for ", ", in the ids of tests.
       make: makes the transform; it is called twice where two equal ones are needed.
-      decays: whether weights move at zero gradients too, towards zero.
-      exempt: the laws that do not hold, each with the reason.
+      decays: whether weights decay towards zero, also at zero gradients.
+      exempt: the reason for each law that does not hold.
       make_dense: makes the same transform for dense gradients of tables, if that of `make` takes
         row gradients only.
     """
@@ -95,7 +95,7 @@ class Case:
 
 
 def matrices(tree):
-    """A mask that is a function: the leaves with two axes."""
+    """A mask function, which selects the leaves with two axes."""
     return jax.tree.map(lambda x: jnp.ndim(x) == 2, tree)
 
 
@@ -119,16 +119,16 @@ def lazy_pipeline():
 
 # Reasons that several exemptions share.
 NEEDS_A_GRADIENT = "a table without a gradient is refused"
-STANDS_STILL = "rows without a gradient stand still, as the docstring says"
+STANDS_STILL = "rows without a gradient stand still, as documented"
 SHARES_EXPONENTS = "the table is a vector, whose rows share exponents"
 NOT_ROWS_TO_OPTAX = "to optax, row indices are gradients like all others"
 
 # The exemptions of `exact_rows`.
 EXACT_ROWS = {
-    "updates_have_the_gradients_dtype": "what rows lag behind is in the table's dtype",
+    "updates_have_the_gradients_dtype": "an update is at least as wide as its table",
     "complex_weights": "tables are real",
-    "empty_trees": "the table must be there",
-    "row_gradients_mean_their_rows": "rows without a gradient lag behind, as the docstring says",
+    "empty_trees": "the tree has no table",
+    "row_gradients_mean_their_rows": "rows without a gradient lag behind, as documented",
     "a_none_gradient_skips_its_leaf": NEEDS_A_GRADIENT,
 }
 # The exemptions of transforms with lazy rows.
@@ -139,7 +139,7 @@ LAZY = {
 # The exemptions of transforms that overwrite weights by their average.
 OVERWRITING = {
     "low_precision_updates_are_the_float32_twins_rounded_once": (
-        "rounds a difference of weights: test_low_precision_updates_that_overwrite_weights"
+        "a difference of weights is rounded: test_low_precision_updates_that_overwrite_weights"
     )
 }
 # The exemptions of transforms that move nothing.
@@ -154,12 +154,12 @@ EIGHT_BITS = {
     "row_gradients_equal_dense_ones": SHARES_EXPONENTS,
     "a_row_gradient_without_rows_equals_zeros": SHARES_EXPONENTS,
 }
-# The exemptions of transforms that hold a function, such as a mask.
-WITH_FUNCTION = {"prints": "a function has no repr to make it from"}
+# The exemptions of transforms with a function, such as a mask function.
+WITH_FUNCTION = {"prints": "the repr of a function is not Python code"}
 # The exemptions of our chains with a transform of optax, and of chains of optax.
 WITH_OPTAX = {
     "pickles": "optax's closures do not pickle",
-    "another_of_the_same_is_equal": "optax makes new closures for every transform",
+    "a_transform_made_twice_is_equal": "optax makes new closures for every transform",
     **WITH_FUNCTION,
     "row_gradients_equal_dense_ones": NOT_ROWS_TO_OPTAX,
     "a_row_gradient_without_rows_equals_zeros": NOT_ROWS_TO_OPTAX,
@@ -178,7 +178,7 @@ OPTAX_CHAIN = {
 ONE_DEVICE = jax.sharding.Mesh(jax.devices(), "data")
 CASES = [
     # transforms
-    Case("identity", lambda: identity(), exempt={"refuses": "passes on whatever comes"}),
+    Case("identity", lambda: identity(), exempt={"refuses_wrong_gradients": "accepts anything"}),
     Case("scale", lambda: scale(-0.3)),
     Case("set_to_zero", lambda: set_to_zero(), exempt=FROZEN),
     Case("clip_by_value", lambda: clip_by_value(0.3)),
@@ -192,9 +192,9 @@ CASES = [
         "scale_by_adam, m_dtype",
         lambda: scale_by_adam(m_dtype=jnp.bfloat16),
         exempt={
-            "derivatives_equal_finite_differences": "a rounded moment is a staircase",
-            "grouped_is_the_same_where_it_says_so": "random bits are another leaf's",
-            "exact_rows_is_dense_or_refuses": "rounded at other steps, with other random bits",
+            "derivatives_equal_finite_differences": "rounded moments change in jumps",
+            "grouped_is_the_same_where_it_says_so": "in a bucket, elements have other random bits",
+            "exact_rows_is_dense_or_refuses": "moments are rounded at other steps",
         },
     ),
     Case(
@@ -287,7 +287,7 @@ CASES = [
         "accumulate_gradients, rows",
         lambda: accumulate_gradients(pipeline(), 2, max_rows=4),
         decays=True,
-        exempt={"row_gradients_mean_their_rows": "takes no dense gradients of these tables"},
+        exempt={"row_gradients_mean_their_rows": "refuses dense gradients of these tables"},
         make_dense=lambda: accumulate_gradients(pipeline(), 2),
     ),
     Case(
@@ -314,8 +314,8 @@ CASES = [
         exempt={
             "one_trace_and_donation": "the first step puts the parameters onto the mesh",
             "jit_argument": "the first step puts the parameters onto the mesh",
-            "pickles": "a mesh is made of devices",
-            "prints": "a mesh is jax.sharding's",
+            "pickles": "the devices of a mesh do not pickle",
+            "prints": "the repr of a mesh is not Python code",
         },
     ),
     # with optax
@@ -324,9 +324,9 @@ CASES = [
         lambda: chain(scale_by_adam(), optax.trace(0.5), optax.scale(-0.1), weight_ema(0.9)),
         exempt={
             **WITH_OPTAX,
-            "a_none_gradient_skips_its_leaf": "optax.trace forgets the leaf",
-            "refuses_a_state_that_does_not_fit": "optax.trace takes any state",
-            "mixed_trees_keep_shapes_and_dtypes": "optax.trace forgets the leaf",
+            "a_none_gradient_skips_its_leaf": "optax.trace drops the leaf from its state",
+            "refuses_a_state_that_does_not_fit": "optax.trace accepts any state",
+            "mixed_trees_keep_shapes_and_dtypes": "optax.trace drops the leaf from its state",
         },
     ),
     Case(
@@ -351,22 +351,22 @@ def marks(case, name):
 
 
 def law(test):
-    """Makes a test a law, over the whole table."""
+    """A decorator that makes a test a law."""
     name = test.__name__.removeprefix("test_")
     params = [pytest.param(case, id=case.id, marks=marks(case, name)) for case in CASES]
     return pytest.mark.parametrize("case", params)(test)
 
 
-# --- the laws that users have, too --------------------------------------------------------------
+# --- the laws of adamjax.testing ----------------------------------------------------------------
 
 
 @functools.cache
 def trial(name):
-    """A case's `Trial`, which all laws share, so that a step is compiled only once."""
+    """The `Trial` of a case. All laws share it, so that its step is compiled only once."""
     return testing.Trial(BY_NAME[name].tx)
 
 
-# `test_refuses`, below, asks for more.
+# `test_refuses_wrong_gradients`, below, is stricter than the law that is left out.
 PUBLIC_LAWS = [name for name in testing.LAWS if name != "refuses_gradients_that_do_not_fit"]
 
 
@@ -411,13 +411,13 @@ def step_of(tx):
 )
 @pytest.mark.slow
 def test_zero_gradients_move_nothing(case, dtype):
-    """From a new state only decay moves weights, towards zero; averages of them stay finite."""
-    wide = dtype == jnp.float64
-    with enable_x64(wide), jax.disable_jit(wide):
+    """From a new state only decay moves weights, towards zero. Averages of weights stay finite."""
+    is_float64 = dtype == jnp.float64
+    with enable_x64(is_float64), jax.disable_jit(is_float64):
         params = make_params(dtype)
         zeros = jax.tree.map(jnp.zeros_like, params)
         state = case.tx.init(params)
-        for _ in range(2 if wide else 3):
+        for _ in range(2 if is_float64 else 3):
             moved, state, updates = compiled_step(case.name)(params, state, zeros)
             for u, p, p1 in zip(*map(leaves, (updates, params, moved)), strict=True):
                 if case.decays:
@@ -436,7 +436,7 @@ def test_zero_gradients_move_nothing(case, dtype):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("name", ["weight_ema, overwriting", "chain, overwriting"])
 def test_low_precision_updates_that_overwrite_weights(name, dtype):
-    """Such an update is a difference of weights in the low dtype, so it may be off by their ulp."""
+    """Such an update is a difference of rounded weights, so it may be off by their ulp."""
     twin_state = BY_NAME[name].tx.init(cast(make_params(dtype), jnp.float32))
     for params, _, grads, updates in trajectory(name, dtype)[:-1]:
         twin = compiled_step(name)(cast(params, jnp.float32), twin_state, cast(grads, jnp.float32))
@@ -451,13 +451,13 @@ def test_low_precision_updates_that_overwrite_weights(name, dtype):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 @pytest.mark.slow
 def test_low_precision_weights_move_as_their_float32_twins(case, dtype):
-    """Weights differ by no more than the roundings of weights and updates in the steps so far."""
+    """A float32 run differs by no more than the roundings of weights and updates so far."""
     params = cast(make_params(dtype), jnp.float32)
     start, state = params, case.tx.init(params)
     bounds = [0.0] * len(leaves(params))
     for t, (low, _, grads, updates) in enumerate(trajectory(case.name, dtype)):
         for p, p32, bound in zip(leaves(low), leaves(params), bounds, strict=True):
-            # Decay and averages feed the difference back: 1.5 covers what they add to it.
+            # Decay and averages add to a difference of weights: 1.5 covers that.
             assert np.all(np.abs(p.astype(np.float64) - p32) <= 1.5 * bound), t
         if grads is None:
             break
@@ -487,7 +487,7 @@ def test_complex_weights(case):
 
 @law
 def test_counts_stay_at_the_largest_int32(case):
-    """A count that would wrap around stays there, and steps go on."""
+    """At the largest int32 counts stop, and steps go on."""
     largest = jnp.array(jnp.iinfo(jnp.int32).max, jnp.int32)
 
     def late(path, x):
@@ -505,10 +505,10 @@ def test_counts_stay_at_the_largest_int32(case):
 @pytest.mark.parametrize("name", ["adam, eps", "amsgrad", "adamax", "nadam", "pipeline"])
 @pytest.mark.slow
 def test_low_precision_twins_over_hundreds_of_steps(name, dtype):
-    """The twins' updates differ by no more than a rounding, and the weights move.
+    """Updates differ from those of a float32 twin by one rounding at most, and the weights move.
 
-    The state knows nothing of the parameters' dtype, so nothing adds up in it. (A scalar may
-    come back to where it was: bfloat16 has few places.)
+    Both states are float32, so no roundings add up in them. (A scalar may return to its start, as
+    bfloat16 has few digits.)
     """
     tx = BY_NAME[name].tx
 
@@ -561,9 +561,9 @@ def test_complex_weights_move_as_with_optax(ours, theirs):
 
 # --- rows ---------------------------------------------------------------------------------------
 
-# The rows of which each step has gradients: some twice, two never, and indices that are not in the
-# table. Steps 0 and 1 together touch at most four rows, and so do steps 2 and 3, and steps 4 and 5:
-# one case accumulates the gradients of two steps, with `max_rows=4`.
+# The indices of each step's row gradients: some rows twice, rows 4 and 6 never, and some indices
+# outside of the table. One case accumulates the gradients of two steps, with `max_rows=4`: so steps
+# 0 and 1 together touch at most four rows, and so do steps 2 and 3, and steps 4 and 5.
 ROWS = 7
 TOUCHED = ([0, 3, 0, 5], [3, 0, 3, 5], [2, 2, 5, -1], [5, 7, 1, 2], [0, 3, 1, 0], [1, 3, 1, 1])
 
@@ -608,7 +608,7 @@ def to_dense(tree):
 
 
 def run_all_steps(tx, grads):
-    """Weights and state after a step with each of the gradients. Rows that lag behind catch up.
+    """Weights and state after a step with each of the gradients; all rows are up to date.
 
     Without jit: each operation is compiled once for all cases.
     """
@@ -619,13 +619,13 @@ def run_all_steps(tx, grads):
             params, state, _ = step_of(tx)(params, state, g)
         if isinstance(tx, exact_rows):
             params, state = tx.flush(params, state)
-            state = state.inner  # the rest is about when rows were read
+            state = state.inner  # without the clock, the ring and so on
         return params, to_dense(state)
 
 
 @functools.cache
 def run_with_dense_gradients(name, steps_with_rows, steps):
-    """`run_all_steps` with dense gradients, which are 0 after the steps with rows."""
+    """`run_all_steps` with dense gradients, those of tables being 0 from `steps_with_rows` on."""
     grads = [to_dense(row_grads(t)) for t in range(steps)]
     for g in grads[steps_with_rows:]:
         g["layer"] = jax.tree.map(jnp.zeros_like, g["layer"])
@@ -635,7 +635,7 @@ def run_with_dense_gradients(name, steps_with_rows, steps):
 @law
 @pytest.mark.slow
 def test_row_gradients_equal_dense_ones(case):
-    """A row gradient changes weights and state as its dense gradient does."""
+    """Row gradients lead to the weights and the state of their dense gradients."""
     steps = len(TOUCHED)
     found = run_all_steps(case.tx, [row_grads(t) for t in range(steps)])
     assert_close(found, run_with_dense_gradients(case.name, steps, steps))
@@ -644,7 +644,7 @@ def test_row_gradients_equal_dense_ones(case):
 @law
 @pytest.mark.slow
 def test_a_row_gradient_without_rows_equals_zeros(case):
-    """All rows decay and move on by momentum if there are no indices, or none inside the table."""
+    """Without an index in the table, all rows decay and move on by momentum."""
     touched = [*TOUCHED[:2], [], [-1, ROWS, -ROWS, 99]]
     grads = [row_grads(t, touched=touched) for t in range(len(touched))]
     for t, g in enumerate(grads):
@@ -655,7 +655,7 @@ def test_a_row_gradient_without_rows_equals_zeros(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.is_lazy], ids=lambda c: c.id)
 def test_lazy_rows_stand_still(case):
-    """Where a step has no row, its weights, slots and average stay bit for bit."""
+    """A row without a gradient keeps its weights, slots and average, bit for bit."""
     with jax.disable_jit():
         params = table_params()
         state = case.tx.init(params)
@@ -675,10 +675,10 @@ def test_lazy_rows_stand_still(case):
 
 
 def hyperparameters(tx):
-    """The float hyperparameters, and the function that makes the transform of others."""
+    """The float hyperparameters, and a function that makes the transform with other values."""
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tx)
     found = [x for _, x in with_paths]
-    # `exact_rows` computes with some in advance, and refuses others in their place.
+    # `exact_rows` computes with some numbers in advance, so these must stay as they are.
     fixed = {name for part in walk(as_transform(tx)) for name in part.tx.python_numbers}
     where = [
         i
@@ -710,7 +710,7 @@ def outcome(tx, grads, steps=3):
 
 
 def slopes(case, grads, steps=3):
-    """The derivatives of the outcome by the hyperparameters and by the gradients."""
+    """The derivatives of `outcome` with respect to the hyperparameters and to the gradients."""
     values, make = hyperparameters(case.tx)
     return jax.grad(lambda v, g: outcome(make(v), g, steps), argnums=(0, 1))(values, grads)
 
@@ -718,8 +718,7 @@ def slopes(case, grads, steps=3):
 @law
 @pytest.mark.slow
 def test_derivatives_are_finite_at_zero_gradients(case):
-    # The second step starts from a state that is not new. Where gradients are accumulated, only it
-    # moves weights.
+    # Two steps: where gradients are accumulated, the first one moves no weights.
     with jax.disable_jit():
         found = slopes(case, jax.tree.map(jnp.zeros_like, make_params()), steps=2)
     assert all(np.all(np.isfinite(x)) for x in leaves(found))
@@ -728,14 +727,14 @@ def test_derivatives_are_finite_at_zero_gradients(case):
 @law
 @pytest.mark.slow
 def test_derivatives_equal_finite_differences(case):
-    """By every hyperparameter, and along one direction of the gradients."""
+    """With respect to every hyperparameter, and along one direction of the gradients."""
     with enable_x64(True), jax.disable_jit():
         values, make = hyperparameters(case.tx)
         grads, direction = make_grads(0, jnp.float64), make_grads(9, jnp.float64)
         by_values, by_grads = slopes(case, grads)
 
         for i, x in enumerate(values):
-            # A beta of 0 is at the edge of its range, so the difference is to one side.
+            # A beta of 0 is at the edge of its range, so the difference is one-sided.
             h = max(1e-6 * x, 1e-9)
             low = values if x == 0.0 else [*values[:i], x - h, *values[i + 1 :]]
             high = [*values[:i], x + h, *values[i + 1 :]]
@@ -763,7 +762,7 @@ def without(tree, name):
     return {**tree, "layer": {k: v for k, v in tree["layer"].items() if k != name}}
 
 
-# By what is wrong with gradients: a function that makes good ones so, and words of the error.
+# By name, a function that makes correct gradients wrong, and words of the error.
 WRONG = {
     "scalar for an array": (
         lambda g: replaced(g, kernel=jnp.float32(1)),
@@ -802,14 +801,14 @@ WRONG = {
 
 
 @law
-def test_refuses(case):
+def test_refuses_wrong_gradients(case):
     """A wrong tree of gradients is refused, and the error names the transform and the leaf."""
     params, grads = make_params(), make_grads(0)
     state = case.tx.init(params)
     printed = NOT_PRINTED.get(case.name, repr(case.tx))
-    for name, (change, words) in WRONG.items():
+    for name, (make_wrong, words) in WRONG.items():
         with pytest.raises((TypeError, ValueError)) as caught:
-            case.tx.update(change(grads), state, params)
+            case.tx.update(make_wrong(grads), state, params)
         message = str(caught.value)
         owner, _, rest = message.partition(": ")
         assert owner in printed, f"{name}: {message}"
@@ -821,26 +820,26 @@ def test_refuses(case):
 
 
 @law
-def test_another_of_the_same_is_equal(case):
+def test_a_transform_made_twice_is_equal(case):
     assert case.tx is not case.make()
     assert case.tx == case.make()
     assert hash(case.tx) == hash(case.make())
 
 
 # Public transforms that cannot be in `CASES`, and why.
-ELSEWHERE = {
+NOT_IN_CASES = {
     "Transform": "the base class",
     "sum_over": "needs a mapped axis: tests/test_replicas.py",
     "master_weights": "updates of narrow parameters are float32: tests/test_master.py",
 }
 
 
-def test_the_table_is_whole():
-    """`CASES` has every public transform and optimizer, and every exemption is from a law."""
+def test_the_table_is_complete():
+    """`CASES` has every public transform and optimizer, and `exempt` names only laws."""
     text = " ".join(repr(case.tx) for case in CASES)
     for name in adamjax.__all__:
         made = getattr(adamjax, name)
         if isinstance(made, type) and issubclass(made, adamjax.Transform):
-            assert (f"{name}(" in text) != (name in ELSEWHERE), name
+            assert (f"{name}(" in text) != (name in NOT_IN_CASES), name
     assert {"adam", "amsgrad", "adamw", "adamax", "nadam"} <= set(BY_NAME)
     assert {law for case in CASES for law in case.exempt} <= LAWS

@@ -1,17 +1,18 @@
-"""What optax asks of its own optimizers, asked of ours in their place.
+"""optax's tests of its optimizers, written anew for ours.
 
-Checks of our own making, after the tests of optax 0.2.8: the same targets, rates, dtypes and
-tolerances. What applies, by file and test:
+They have the targets, rates, dtypes and tolerances of the tests of optax 0.2.8. By file and test of
+optax, the test here:
 
 _src/alias_test
   test_optimization: parabola and Rosenbrock, float32 and complex64, 10,000 steps
-    -> test_reaches_the_optimum. adamw with optax's weight decay, 1e-4: ours is Keras', 0.004, by
-    which the complex Rosenbrock optimum moves by 0.11 (optax's, with 0.004, by 0.10).
+    -> test_reaches_the_optimum. adamw has optax's default weight decay, 1e-4. Ours is that of
+    Keras, 0.004. It moves the optimum of the complex Rosenbrock function by 0.11 (in optax's
+    adamw, by 0.10).
   test_optimizers_accept_extra_args -> test_extra_arguments
   test_optimizers_can_be_wrapped_in_inject_hyperparams -> test_injected_hyperparameters
-  test_explicit_dtype -> test_explicit_dtype. Two differences are asked for: without `m_dtype` a
-    bfloat16 parameter's moments are float32, and a complex `m_dtype` is refused, as m is complex
-    where the parameter is, and only there.
+  test_explicit_dtype -> test_explicit_dtype. With two differences: without `m_dtype` a bfloat16
+    parameter's moments are float32; and a complex `m_dtype` is refused, as m is complex if and
+    only if the parameter is.
   test_preserve_dtype -> test_updates_have_the_dtype_of_the_gradients
   test_state_shape_dtype_shard_stability -> test_state_is_stable_under_cond
   test_gradient_accumulation -> test_multi_steps
@@ -24,36 +25,35 @@ _src/sharding_test
     test_shapes_as_parameters, where `init` itself takes shapes. The sharding of states is in
     test_integration.py, which has several devices.
 _src/update_test, but for incremental_update and periodic_update, which take no transform
-  -> test_applied_updates
+  -> test_apply_updates_is_that_of_optax
 _src/base_test
-  ExtraArgsTest -> test_extra_arguments, test_extra_arguments_go_to_those_who_take_them.
-  That ours are instances of GradientTransformation does not hold: they are no named tuples.
+  ExtraArgsTest -> test_extra_arguments*. Ours are no named tuples, so they are no instances of
+  GradientTransformation.
 schedules/_inject_test, with scale, scale_by_adam and clip_by_global_norm
-  -> test_injected_schedules, test_injected_hyperparameters_are_set,
+  -> test_injected_schedules, test_injected_hyperparameters_can_be_set,
   test_injected_static_arguments, test_injected_dtypes
 transforms/_combining_test
   test_chain -> test_chain; test_extra_args* -> test_extra_arguments*; PartitionTest
-  -> test_multi_transform, test_partition_of_nothing; NamedChainTest -> test_named_chain
+  -> test_multi_transform, test_empty_trees; NamedChainTest -> test_named_chain
 transforms/_masking_test
   test_masked, test_prefix_mask, test_update_requires_params, test_mask_fn, test_nested_mask,
   test_masked_state_structure, test_mask_compatible_callable_pytree -> test_masks*;
-  test_empty -> test_partition_of_nothing; test_tree_map_params -> test_map_params_of_masked
+  test_empty -> test_empty_trees; test_tree_map_params -> test_map_params_of_masked
 transforms/_accumulation_test
-  all of MultiSteps, with our transforms inside -> test_multi_steps*; ema, trace and the
-  functions that tell what to skip are optax's own
+  all of MultiSteps, with our transforms inside -> test_multi_steps*. Not ema, trace and the
+  functions that decide which steps are skipped: these are optax's own
 transforms/_conditionality_test -> test_apply_if_finite, test_conditionally
-transforms/_clipping_test: clip_by_global_norm and clip_by_block_rms' place, clip_by_norm, are in
-  test_clip.py, which asks for more
+transforms/_clipping_test: clip_by_global_norm, and clip_by_norm in place of clip_by_block_rms, have
+  stricter tests in test_clip.py
 transforms/_freezing_test -> test_freeze
 tree_utils/_state_utils_test -> test_map_params, test_get_and_set
 contrib/_common_test
   the wrappers mechanize, schedule_free and reduce_on_plateau around our optimizers
-  -> test_mechanize, test_schedule_free, test_reduce_on_plateau; contrib's own optimizers are not
-  concerned
+  -> test_mechanize, test_schedule_free, test_reduce_on_plateau. Not contrib's own optimizers
 contrib/_complex_valued_test -> test_split_real_and_imaginary
 contrib/_sam_test, _src/lookahead_test -> test_lookahead, test_sam
 
-The rest does not concern these optimizers: losses, projections, assignment, linear algebra, line
+The other tests are about other things: losses, projections, assignment, linear algebra, line
 searches, perturbations, microbatching, privacy, and optimizers that have no counterpart here.
 """
 
@@ -73,7 +73,7 @@ import adamjax
 contrib = pytest.importorskip("optax.contrib")
 tree_utils = optax.tree_utils
 
-# By name, an optimizer with the rate at which optax' tests take its counterpart.
+# By name, an optimizer with the learning rate that optax's tests use for its counterpart.
 OPTIMIZERS = {
     "adam": functools.partial(adamjax.adam, 0.1),
     "amsgrad": functools.partial(adamjax.amsgrad, 0.1),
@@ -87,9 +87,8 @@ RULES = {
     "adamax": adamjax.scale_by_adamax,
     "nadam": functools.partial(adamjax.scale_by_adam, nesterov=True),
 }
-# Parameters, and gradients for them.
-PAIR = (jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
-STEEP = (jnp.array([500.0, 5.0]), jnp.array([300.0, 3.0]))
+PARAMS = (jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
+GRADS = (jnp.array([500.0, 5.0]), jnp.array([300.0, 3.0]))
 # optax corrects biases by 1 - b**t in float32, which is off by 1e-5 at small t.
 ROUNDING = 2e-5
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -97,6 +96,9 @@ each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 def squared(x):
     return jnp.real(x * jnp.conj(x))
+
+
+# Targets: each function returns a start, the optimum and the objective.
 
 
 def parabola(dtype):
@@ -124,13 +126,13 @@ def mixed(dtype):
     return jax.tree.map(jnp.zeros_like, goal), goal, objective
 
 
-def walked(tx, p, objective, steps, state=None, with_value=False):
-    """The parameters and the state after so many steps in one scan."""
+def minimized(tx, p, objective, steps, state=None, with_value=False):
+    """The parameters and the state after a scan over steps of `tx`."""
 
     def step(carry, _):
         p, state = carry
         value, g = jax.value_and_grad(objective)(p)
-        g = jax.tree.map(jnp.conj, g)  # JAX's gradient points the other way in the complex plane
+        g = jax.tree.map(jnp.conj, g)  # for steepest ascent in the complex plane
         extra = {"value": value} if with_value else {}
         updates, state = tx.update(g, state, p, **extra)
         return (optax.apply_updates(p, updates), state), None
@@ -142,7 +144,7 @@ def walked(tx, p, objective, steps, state=None, with_value=False):
 
 
 def assert_near(p, goal):
-    """As near as optax asks: 0.03, and 0.03 of the goal."""
+    """With the tolerance of optax's tests: 0.03, and 0.03 of the goal."""
     for x, y in zip(jax.tree.leaves(p), jax.tree.leaves(goal), strict=True):
         np.testing.assert_allclose(x, y, rtol=3e-2, atol=3e-2)
 
@@ -150,8 +152,8 @@ def assert_near(p, goal):
 # --- the optimizers -------------------------------------------------------------------------------
 
 
-def at_once(*targets):
-    """Several targets as one. Optimizers that treat each element by itself reach each alone."""
+def joined(*targets):
+    """Several targets as one. The optimizers work element by element, so each moves as alone."""
     starts, goals, objectives = zip(*targets, strict=True)
 
     def objective(p):
@@ -163,11 +165,11 @@ def at_once(*targets):
 @each_optimizer
 def test_reaches_the_optimum(name):
     targets = [t(d) for t in (parabola, rosenbrock) for d in (jnp.float32, jnp.complex64)]
-    p, goal, objective = at_once(*targets)
+    p, goal, objective = joined(*targets)
     tx = OPTIMIZERS[name]()
     state = tree_utils.tree_map_params(tx, lambda x: x, tx.init(p))
     assert_same(state, tx.init(p))
-    p, state = walked(tx, p, objective, 10_000, state)
+    p, state = minimized(tx, p, objective, 10_000, state)
     assert_near(p, goal)
     assert adamjax.step_count(state) == 10_000
 
@@ -190,17 +192,17 @@ def test_compiles_once(name):
 
 @each_optimizer
 def test_extra_arguments(name):
-    """Those that it does not know are of no effect."""
+    """Unknown arguments have no effect."""
     tx = OPTIMIZERS[name]()
-    state, extra = tx.init(PAIR), {"unexpected": 1, "value": jnp.array(2.0)}
-    expected = jax.jit(tx.update)(STEEP, state, PAIR)
-    assert_same(jax.jit(tx.update)(STEEP, state, PAIR, **extra), expected)
-    known = optax.with_extra_args_support(tx)
-    assert isinstance(known, optax.GradientTransformationExtraArgs)
-    assert_same(jax.jit(known.update)(STEEP, state, PAIR, **extra), expected)
+    state, extra = tx.init(PARAMS), {"unexpected": 1, "value": jnp.array(2.0)}
+    expected = jax.jit(tx.update)(GRADS, state, PARAMS)
+    assert_same(jax.jit(tx.update)(GRADS, state, PARAMS, **extra), expected)
+    wrapped = optax.with_extra_args_support(tx)
+    assert isinstance(wrapped, optax.GradientTransformationExtraArgs)
+    assert_same(jax.jit(wrapped.update)(GRADS, state, PARAMS, **extra), expected)
 
 
-def test_extra_arguments_go_to_those_who_take_them():
+def test_extra_arguments_reach_the_transforms_that_accept_them():
     def update(updates, state, params=None, *, loss, **extra):
         return jax.tree.map(lambda u: u * loss, updates), state
 
@@ -210,7 +212,7 @@ def test_extra_arguments_go_to_those_who_take_them():
 
     by_loss = optax.GradientTransformationExtraArgs(lambda params: (), update)
     no_extra = optax.GradientTransformation(lambda params: (), update_without)
-    expected = adamjax.scale(-2.0).update(STEEP, ())[0]
+    expected = adamjax.scale(-2.0).update(GRADS, ())[0]
     ours = adamjax.chain(adamjax.scale(-1.0), by_loss)
     for tx in (
         optax.chain(adamjax.scale(-1.0), by_loss, no_extra),
@@ -219,15 +221,15 @@ def test_extra_arguments_go_to_those_who_take_them():
         adamjax.skip_not_finite(adamjax.chain(ours, no_extra)),
         adamjax.partition([("0", ours)], default=adamjax.chain(ours, no_extra)),
     ):
-        state = tx.init(PAIR)
-        updates, _ = tx.update(STEEP, state, PAIR, loss=2.0, ignored="x")
+        state = tx.init(PARAMS)
+        updates, _ = tx.update(GRADS, state, PARAMS, loss=2.0, ignored="x")
         assert_close(updates, expected)
         with pytest.raises(TypeError, match="loss"):
-            tx.update(STEEP, state, PAIR)
-    # optax passes them only to instances of its own class, which `ours` is not.
+            tx.update(GRADS, state, PARAMS)
+    # optax passes them only to a `GradientTransformationExtraArgs`, which `ours` is not.
     tx = optax.chain(no_extra, ours)
     with pytest.raises(TypeError, match="loss"):
-        tx.update(STEEP, tx.init(PAIR), PAIR, loss=2.0)
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, loss=2.0)
 
 
 @each_optimizer
@@ -243,8 +245,8 @@ def test_updates_have_the_dtype_of_the_gradients(name):
 def test_explicit_dtype(make, dtype, m_dtype):
     p = jnp.zeros(2, dtype)
     m = tree_utils.tree_get(make(0.1, m_dtype=m_dtype).init(p), "m")
-    own = jnp.complex64 if jnp.iscomplexobj(p) else jnp.dtype(m_dtype or jnp.float32)
-    assert m.dtype == own
+    expected = jnp.complex64 if jnp.iscomplexobj(p) else jnp.dtype(m_dtype or jnp.float32)
+    assert m.dtype == expected
 
 
 def test_a_complex_dtype_of_moments_is_refused():
@@ -255,19 +257,19 @@ def test_a_complex_dtype_of_moments_is_refused():
 @each_optimizer
 @pytest.mark.parametrize("x64", [False, True])
 def test_state_is_stable_under_cond(name, x64):
-    """Shapes and dtypes of updates and state are those of gradients and state: both branches."""
+    """A step returns the shapes and dtypes of its gradients and state, as `lax.cond` requires."""
     narrow = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64)
     with enable_x64(x64):
         dtypes = (jnp.float64, jnp.complex128) if x64 else narrow
-        p, _, objective = at_once(*(parabola(dtype) for dtype in dtypes))
+        p, _, objective = joined(*(parabola(dtype) for dtype in dtypes))
         tx = OPTIMIZERS[name]()
 
         @jax.jit
-        def step(take, p, state):
+        def step(is_taken, p, state):
             g = jax.tree.map(jnp.conj, jax.grad(objective)(p))
-            rested = jax.tree.map(jnp.zeros_like, p)
+            zeros = jax.tree.map(jnp.zeros_like, p)
             updates, state = jax.lax.cond(
-                take, lambda: tx.update(g, state, p), lambda: (rested, state)
+                is_taken, lambda: tx.update(g, state, p), lambda: (zeros, state)
             )
             return optax.apply_updates(p, updates), state
 
@@ -281,19 +283,19 @@ def test_state_is_stable_under_cond(name, x64):
 @pytest.mark.parametrize("name", RULES)
 def test_rules_are_finite(name):
     tx = RULES[name]()
-    state, update = jax.jit(tx.init)(PAIR), jax.jit(tx.update)
+    state, update = jax.jit(tx.init)(PARAMS), jax.jit(tx.update)
     for _ in range(3):
-        updates, state = update(STEEP, state, PAIR)
+        updates, state = update(GRADS, state, PARAMS)
         assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves((updates, state)))
-        assert avals(updates) == avals(PAIR)
+        assert avals(updates) == avals(PARAMS)
 
 
 def test_scale():
     for i in range(1, 31):  # smaller products are below the smallest normal float32
         factor = 0.1**i
-        scaled, state = adamjax.scale(factor).update(STEEP, ())
+        scaled, state = adamjax.scale(factor).update(GRADS, ())
         assert state == ()
-        assert_close(scaled, jax.tree.map(lambda x, f=factor: x * f, STEEP), 1e-7)
+        assert_close(scaled, jax.tree.map(lambda x, f=factor: x * f, GRADS), 1e-7)
 
 
 def test_adam_without_momentum_is_rms():
@@ -302,14 +304,14 @@ def test_adam_without_momentum_is_rms():
     def objective(p):
         return sum(jnp.sum(x**2) for x in p)
 
-    ours, _ = walked(adamjax.scale_by_adam(b1=0.0, eps=1e-8), PAIR, objective, 5)
-    theirs, _ = walked(rms, PAIR, objective, 5)
+    ours, _ = minimized(adamjax.scale_by_adam(b1=0.0, eps=1e-8), PARAMS, objective, 5)
+    theirs, _ = minimized(rms, PARAMS, objective, 5)
     assert_close(ours, theirs, 1e-5)
 
 
 @each_optimizer
 def test_dtypes_under_x64(name):
-    """Parameters and gradients of both widths: each keeps its own."""
+    """Leaves of float32 and of float64 in one tree keep their dtypes."""
     with enable_x64(True):
         p = (jnp.array([1.0, 2.0], jnp.float32), jnp.array([3.0, 4.0], jnp.float64))
         g = (jnp.array([10.0, 21.0], jnp.float32), jnp.array([33.0, 42.0], jnp.float64))
@@ -321,7 +323,7 @@ def test_dtypes_under_x64(name):
         assert avals(adamjax.apply_updates(p, updates)) == avals(p)
 
 
-def test_applied_updates():
+def test_apply_updates_is_that_of_optax():
     params = ({"a": jnp.ones((3, 2))}, jnp.ones(1))
     updates = jax.tree.map(lambda p: 2 * p, params)
     assert_same(
@@ -334,7 +336,7 @@ def test_applied_updates():
 
 
 def test_shapes_as_parameters():
-    """optax makes zeros from shapes alone."""
+    """`init` makes zeros from shapes alone, as that of optax does."""
     shape = jax.ShapeDtypeStruct((2, 4, 8), jnp.float32)
     tx = adamjax.adam(0.1)
     assert_same(tx.init({"w": shape}), tx.init({"w": jnp.zeros(shape.shape)}))
@@ -342,7 +344,6 @@ def test_shapes_as_parameters():
 
 @each_optimizer
 def test_abstract_parameters(name):
-    """Shapes and dtypes are enough, as they are to `jax.eval_shape`."""
     tx, shape = OPTIMIZERS[name](), jax.ShapeDtypeStruct((2, 4, 8), jnp.float32)
     abstract = jax.eval_shape(tx.init, {"w": shape})
     assert avals(abstract) == avals(tx.init({"w": jnp.zeros(shape.shape)}))
@@ -355,16 +356,16 @@ def test_abstract_parameters(name):
 def test_injected_hyperparameters(name):
     params = [-jnp.ones((2, 3)), jnp.ones((2, 5, 2))]
     grads = [jnp.ones((2, 3)), -jnp.ones((2, 5, 2))]
-    make, kept = OPTIMIZERS[name].func, OPTIMIZERS[name].keywords
+    make, keywords = OPTIMIZERS[name].func, OPTIMIZERS[name].keywords
     rate = OPTIMIZERS[name].args[0]
-    plain, injected = make(rate, **kept), optax.inject_hyperparams(make)(rate, **kept)
+    plain, injected = make(rate, **keywords), optax.inject_hyperparams(make)(rate, **keywords)
     updates, state = jax.jit(plain.update)(grads, jax.jit(plain.init)(params), params)
     injected_state = jax.jit(injected.init)(params)
     # optax injects the arguments that are numbers; the other optimizers' eps is None.
     eps = {"eps"} if name in ("adamax", "nadam") else set()
-    assert set(injected_state.hyperparams) == {"learning_rate", "b1", "b2", *kept} | eps
+    assert set(injected_state.hyperparams) == {"learning_rate", "b1", "b2", *keywords} | eps
     injected_updates, injected_state = jax.jit(injected.update)(grads, injected_state, params)
-    # An injected b2 is an array: 1 - b2 is taken from the float32 0.999, which is 1.3e-5 of v.
+    # An injected b2 is the float32 0.999, so that 1 - b2, and with it v, is off by 1.3e-5.
     assert_close(injected_updates, updates, 1e-5)
     assert_close(injected_state.inner_state, state, 2e-5)
 
@@ -379,24 +380,24 @@ def test_injected_schedules():
     for expected in [3.0] + [15.0] * 6 + [30.0] * 5 + [45.0] * 3:
         updates, state = update([jnp.ones([])], state, params)
         np.testing.assert_allclose(updates[0], expected, rtol=1e-6)
-    # The first update is that of count 0.
+    # The first update has count 0.
     tx = optax.inject_hyperparams(adamjax.scale)(lambda count: count)
     updates, _ = jax.jit(tx.update)(jnp.ones(3), tx.init(jnp.zeros(3)), jnp.zeros(3))
     assert_same(updates, jnp.zeros(3))
 
 
 def test_injected_schedules_of_ours():
-    """Our schedules are callables, to optax as well; a rate injected by it is the one that acts."""
+    """optax calls our schedules, and a step uses the rate that optax injects."""
     rate = adamjax.cosine_decay(0.1, 8)
     p, _, objective = mixed(jnp.float32)
     injected = optax.inject_hyperparams(adamjax.amsgrad)(rate, b1=0.8)
-    q, state = walked(injected, p, objective, 6)
-    expected, _ = walked(adamjax.amsgrad(rate, b1=0.8), p, objective, 6)
+    q, state = minimized(injected, p, objective, 6)
+    expected, _ = minimized(adamjax.amsgrad(rate, b1=0.8), p, objective, 6)
     assert_close(q, expected, 1e-5)
     np.testing.assert_allclose(state.hyperparams["learning_rate"], rate(5), rtol=1e-6)
 
 
-def test_injected_hyperparameters_are_set():
+def test_injected_hyperparameters_can_be_set():
     tx = optax.inject_hyperparams(adamjax.clip_by_global_norm)(0.1)
     grads = jnp.ones((3, 5, 7))
     state, (update, traces) = jax.jit(tx.init)(grads), jit_and_traces(tx.update)
@@ -407,25 +408,24 @@ def test_injected_hyperparameters_are_set():
     assert len(traces) == 1
 
 
-def test_injected_rates_are_set_between_steps():
-    """By hand in the dict or by tree_set; steps that follow go at the new rate."""
+def test_the_step_after_tree_set_has_the_new_rate():
     tx = optax.inject_hyperparams(adamjax.adam)(0.1)
-    state, (update, traces) = tx.init(PAIR), jit_and_traces(tx.update)
-    first, _ = update(STEEP, state, PAIR)
+    state, (update, traces) = tx.init(PARAMS), jit_and_traces(tx.update)
+    first, _ = update(GRADS, state, PARAMS)
     state = tree_utils.tree_set(state, learning_rate=jnp.float32(0.025))
     assert tree_utils.tree_get(state, "learning_rate") == jnp.float32(0.025)
-    quarter, _ = update(STEEP, state, PAIR)
+    quarter, _ = update(GRADS, state, PARAMS)
     assert_close(quarter, jax.tree.map(lambda u: u / 4, first), 1e-6)
     assert len(traces) == 1
 
 
 def test_injected_static_arguments():
     tx = optax.inject_hyperparams(adamjax.scale_by_adam, static_args=("b1",))(b1=0.8, b2=0.9)
-    state = jax.jit(tx.init)(PAIR)
+    state = jax.jit(tx.init)(PARAMS)
     assert set(state.hyperparams) == {"b2"}
-    updates, state = jax.jit(tx.update)(STEEP, state, PAIR)
+    updates, state = jax.jit(tx.update)(GRADS, state, PARAMS)
     expected = adamjax.scale_by_adam(b1=0.8, b2=0.9).update(
-        STEEP, adamjax.scale_by_adam().init(PAIR)
+        GRADS, adamjax.scale_by_adam().init(PARAMS)
     )
     assert_close((updates, state.inner_state), expected, 1e-6)
     with pytest.raises(ValueError, match="static_args"):
@@ -444,25 +444,26 @@ def test_injected_static_arguments():
     assert_close(updates, [-0.1 * grads[0], grads[1]], 1e-6)
 
 
-@pytest.mark.parametrize("hyper", [jnp.bfloat16, jnp.float32, None])
+@pytest.mark.parametrize("hyperparam_dtype", [jnp.bfloat16, jnp.float32, None])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_injected_dtypes(hyper, dtype):
-    """Hyperparameters have the dtype that was asked for, or the parameters': and so they stay."""
+def test_injected_dtypes(hyperparam_dtype, dtype):
+    """Hyperparameters have `hyperparam_dtype` or the parameters' dtype, and keep it in steps."""
     p = [jnp.ones((1, 2), dtype), jnp.ones(2, dtype)]
-    make = optax.inject_hyperparams(adamjax.scale_by_adam, hyperparam_dtype=hyper)
+    make = optax.inject_hyperparams(adamjax.scale_by_adam, hyperparam_dtype=hyperparam_dtype)
     tx = make(b1=0.9, b2=0.95)
     state = jax.jit(tx.init)(p)
     update = jax.jit(tx.update)
     for _ in range(2):
-        assert state.hyperparams["b1"].dtype == state.hyperparams["b2"].dtype == (hyper or dtype)
+        expected = hyperparam_dtype or dtype
+        assert state.hyperparams["b1"].dtype == state.hyperparams["b2"].dtype == expected
         updates, new_state = update(p, state, p)
         assert avals(new_state) == avals(state)
         assert avals(updates) == avals(p)
         state = new_state
 
 
-def test_a_beta_that_the_dtype_rounds_to_one():
-    """optax keeps hyperparameters in the parameters' dtype: 0.999 in bfloat16 is 1."""
+def test_an_injected_beta_that_the_dtype_rounds_to_one_is_refused():
+    """optax casts hyperparameters to the parameters' dtype, and 0.999 in bfloat16 is 1."""
     p = jnp.ones(2, jnp.bfloat16)
     with pytest.raises(ValueError, match="b2 must be in"):
         optax.inject_hyperparams(adamjax.adam)(0.1).init(p)
@@ -475,21 +476,21 @@ def test_a_beta_that_the_dtype_rounds_to_one():
 
 
 def test_chain():
-    """A chain of optax with parts of ours is its parts in turn; so is ours with parts of optax'."""
+    """optax's chain and ours, with parts of both libraries, equal the parts one after another."""
     parts = [adamjax.scale_by_adam(), optax.trace(0.5), adamjax.scale(-0.01)]
     moved = []
     for chain in (optax.chain, adamjax.chain):
-        p, tx = PAIR, chain(*parts)
+        p, tx = PARAMS, chain(*parts)
         state = tx.init(p)
         assert isinstance(state, tuple)
         update = jax.jit(tx.update)
         for _ in range(20):
-            updates, state = update(STEEP, state)
+            updates, state = update(GRADS, state)
             p = optax.apply_updates(p, updates)
         moved.append(p)
-    p, states = PAIR, [tx.init(PAIR) for tx in parts]
+    p, states = PARAMS, [tx.init(PARAMS) for tx in parts]
     for _ in range(20):
-        updates = STEEP
+        updates = GRADS
         for i, tx in enumerate(parts):
             updates, states[i] = tx.update(updates, states[i])
         p = optax.apply_updates(p, updates)
@@ -499,11 +500,11 @@ def test_chain():
 
 def test_named_chain():
     tx = optax.named_chain(("rule", adamjax.scale_by_adam()), ("rate", adamjax.scale(-0.1)))
-    state = tx.init(PAIR)
+    state = tx.init(PARAMS)
     assert set(state) == {"rule", "rate"}
     plain = adamjax.chain(adamjax.scale_by_adam(), adamjax.scale(-0.1))
-    expected = plain.update(STEEP, plain.init(PAIR), PAIR)[0]
-    updates, state = tx.update(STEEP, state, PAIR)
+    expected = plain.update(GRADS, plain.init(PARAMS), PARAMS)[0]
+    updates, state = tx.update(GRADS, state, PARAMS)
     assert_close(updates, expected, 1e-6)
     assert adamjax.step_count(state) == 1
 
@@ -512,7 +513,7 @@ MODEL = {"a": {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}, "z": [jnp.full(2, 2.0)
 GOAL = jax.tree.map(lambda x: x * 0.3 - 1.0, MODEL)
 
 
-def to_goal(p):
+def distance_to_goal(p):
     """The squared distance of a model from the goal."""
     pairs = zip(jax.tree.leaves(p), jax.tree.leaves(GOAL), strict=True)
     return sum(jnp.sum((x - y) ** 2) for x, y in pairs)
@@ -521,22 +522,22 @@ def to_goal(p):
 def test_multi_transform():
     parts = {"fast": adamjax.adam(0.1), "slow": adamjax.adamax(0.01), "still": adamjax.scale(0.0)}
     labels = {"a": {"w": "fast", "b": "slow"}, "z": "still"}
-    p, state = walked(optax.multi_transform(parts, labels), MODEL, to_goal, 5)
+    p, state = minimized(optax.multi_transform(parts, labels), MODEL, distance_to_goal, 5)
     tx = adamjax.partition([("/w", parts["fast"]), ("/b", parts["slow"])], default=parts["still"])
-    expected, _ = walked(tx, MODEL, to_goal, 5)
+    expected, _ = minimized(tx, MODEL, distance_to_goal, 5)
     assert_close(p, expected, 1e-6)
     assert_same(p["z"], MODEL["z"])
     assert jax.tree.leaves(adamjax.get_slot(state, "v"))[0].shape == (2, 3)
-    # By a function, and a label that there is no transform for.
-    p, _ = walked(optax.multi_transform(parts, lambda _: labels), MODEL, to_goal, 5)
+    # Labels by a function, and a label without a transform.
+    p, _ = minimized(optax.multi_transform(parts, lambda _: labels), MODEL, distance_to_goal, 5)
     assert_close(p, expected, 1e-6)
     with pytest.raises(ValueError, match="other"):
         optax.multi_transform(parts, {**labels, "z": "other"}).init(MODEL)
 
 
 @pytest.mark.parametrize("container", [list, tuple, dict])
-def test_partition_of_nothing(container):
-    nothing = container()
+def test_empty_trees(container):
+    empty = container()
     for tx in (
         optax.multi_transform({0: adamjax.adam(0.1)}, lambda _: 0),
         optax.masked(adamjax.adam(0.1), container()),
@@ -544,8 +545,8 @@ def test_partition_of_nothing(container):
         adamjax.masked(optax.adam(0.1), "x"),
         adamjax.adam(0.1),
     ):
-        updates, _ = tx.update(nothing, tx.init(nothing), nothing)
-        assert updates == nothing
+        updates, _ = tx.update(empty, tx.init(empty), empty)
+        assert updates == empty
 
 
 MASKS = {
@@ -558,7 +559,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("decay", [0.1, 0.0])
 def test_masks(mask, decay):
-    """Masks of optax around ours: leaves that are not selected pass, and have no slots."""
+    """optax's masks around ours: leaves that are not selected pass unchanged, without slots."""
     tx = optax.chain(
         optax.masked(adamjax.scale_by_adam(eps=1e-8), mask),
         optax.masked(adamjax.add_decayed_weights(decay), mask),
@@ -569,28 +570,28 @@ def test_masks(mask, decay):
         optax.masked(optax.add_decayed_weights(decay), mask),
         optax.scale_by_learning_rate(0.1),
     )
-    p, state = walked(tx, MODEL, to_goal, 5)
-    expected, other = walked(theirs, MODEL, to_goal, 5)
+    p, state = minimized(tx, MODEL, distance_to_goal, 5)
+    expected, expected_state = minimized(theirs, MODEL, distance_to_goal, 5)
     assert_close(p, expected, ROUNDING)
-    m, mu = state[0].inner_state.m, other[0].inner_state.mu
+    m, mu = state[0].inner_state.m, expected_state[0].inner_state.mu
     assert_close(m, mu, ROUNDING)
 
 
 def test_masks_as_functions_in_ours():
-    """optax's mask functions are taken by our `masked`, around optax' transforms as around ours."""
+    """Our `masked` accepts mask functions, around our transforms and around optax's."""
     mask = MASKS["a function"]
-    for inner, other in (
+    for inner, theirs in (
         (adamjax.add_decayed_weights(0.1), optax.add_decayed_weights(0.1)),
         (optax.adam(0.1), optax.adam(0.1)),
     ):
-        p, _ = walked(
+        p, _ = minimized(
             adamjax.chain(adamjax.masked(inner, mask), optax.scale(-0.1)),
             MODEL,
-            to_goal,
+            distance_to_goal,
             3,
         )
-        expected, _ = walked(
-            optax.chain(optax.masked(other, mask), optax.scale(-0.1)), MODEL, to_goal, 3
+        expected, _ = minimized(
+            optax.chain(optax.masked(theirs, mask), optax.scale(-0.1)), MODEL, distance_to_goal, 3
         )
         assert_close(p, expected, 1e-6)
 
@@ -609,7 +610,7 @@ def test_masks_within_masks():
 
 @pytest.mark.parametrize("name", ["adamw", "amsgrad", "nadam"])
 def test_multi_steps(name):
-    """optax's accumulation around ours: nothing moves in between, then the step of the mean."""
+    """Updates are 0 until the fourth micro-batch, which takes the step of the mean gradient."""
     tx = OPTIMIZERS[name]()
     p, _, objective = parabola(jnp.float32)
     accumulated = optax.MultiSteps(tx, every_k_schedule=4)
@@ -626,17 +627,17 @@ def test_multi_steps(name):
     assert adamjax.step_count(state) == 1
 
 
-def test_multi_steps_of_a_schedule():
+def test_multi_steps_whose_number_is_a_schedule():
     tx = optax.MultiSteps(adamjax.adam(0.1), lambda step: jnp.where(step < 2, 1, 3))
-    state, update = tx.init(PAIR), jax.jit(tx.update)
-    moved = []
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    has_updated = []
     for _ in range(8):
-        _, state = update(STEEP, state, PAIR)
-        moved.append(bool(tx.has_updated(state)))
-    assert moved == [True, True, False, False, True, False, False, True]
+        _, state = update(GRADS, state, PARAMS)
+        has_updated.append(bool(tx.has_updated(state)))
+    assert has_updated == [True, True, False, False, True, False, False, True]
 
 
-def test_multi_steps_skip_what_is_not_finite():
+def test_multi_steps_skip_gradients_that_are_not_finite():
     tx = optax.MultiSteps(adamjax.scale(-1.0), 2, should_skip_update_fn=optax.skip_not_finite)
     p, update = jnp.zeros([]), jax.jit(tx.update)
     state, seen = tx.init(p), []
@@ -654,8 +655,8 @@ def test_multi_steps_skip_what_is_not_finite():
 def test_multi_steps_in_mixed_precision():
     """Updates have the dtype that they have without MultiSteps, and parameters keep theirs."""
     pairs = list(itertools.product((jnp.float32, jnp.float16, jnp.bfloat16), repeat=2))
-    p = [jnp.ones(3, of_params) for of_params, _ in pairs]
-    g = [jnp.full(3, 0.5, of_grads) for _, of_grads in pairs]
+    p = [jnp.ones(3, p_dtype) for p_dtype, _ in pairs]
+    g = [jnp.full(3, 0.5, g_dtype) for _, g_dtype in pairs]
     tx = adamjax.adam(0.1, m_dtype="float32")
     accumulated = optax.MultiSteps(tx, 2)
     state, accumulated_state = tx.init(p), accumulated.init(p)
@@ -683,7 +684,7 @@ def test_multi_steps_in_a_scan():
 
 
 def test_apply_if_finite():
-    """optax' guard around ours, with its limit on what it rejects in a row."""
+    """optax's guard around ours rejects at most two gradients in a row."""
     tx = optax.apply_if_finite(adamjax.scale_by_learning_rate(1.0), 2)
     p, update = jnp.array(0.0), jax.jit(tx.update)
     state, seen = tx.init(p), []
@@ -701,8 +702,8 @@ def test_apply_if_finite():
 def test_apply_if_finite_around_optimizers(name):
     tx = OPTIMIZERS[name]()
     p, _, objective = mixed(jnp.float32)
-    guarded, state = walked(optax.apply_if_finite(tx, 3), p, objective, 4)
-    expected, expected_state = walked(tx, p, objective, 4)
+    guarded, state = minimized(optax.apply_if_finite(tx, 3), p, objective, 4)
+    expected, expected_state = minimized(tx, p, objective, 4)
     assert_close((guarded, state.inner_state), (expected, expected_state), 1e-6)
     spoilt = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), p)
     updates, after = jax.jit(optax.apply_if_finite(tx, 3).update)(spoilt, state, guarded)
@@ -722,15 +723,15 @@ def test_conditionally():
             seen.append(float(updates))
         assert seen == [2.0, 2.0, after, after]
 
-    def lossy(step, loss, **extra):
+    def has_large_loss(step, loss, **extra):
         return loss > 0.1
 
-    tx = optax.conditionally_mask(adamjax.adam(0.1), lossy, forward_extra_args=True)
-    state = tx.init(PAIR)
-    moved, state = tx.update(STEEP, state, PAIR, loss=0.2)
-    assert_close(moved, jax.tree.map(lambda x: jnp.full_like(x, -0.1), PAIR), 1e-5)
-    rested, after = tx.update(STEEP, state, PAIR, loss=0.0)
-    assert_same(rested, jax.tree.map(jnp.zeros_like, PAIR))
+    tx = optax.conditionally_mask(adamjax.adam(0.1), has_large_loss, forward_extra_args=True)
+    state = tx.init(PARAMS)
+    moved, state = tx.update(GRADS, state, PARAMS, loss=0.2)
+    assert_close(moved, jax.tree.map(lambda x: jnp.full_like(x, -0.1), PARAMS), 1e-5)
+    rested, after = tx.update(GRADS, state, PARAMS, loss=0.0)
+    assert_same(rested, jax.tree.map(jnp.zeros_like, PARAMS))
     assert_same(after.inner_state, state.inner_state)
 
 
@@ -738,16 +739,17 @@ def test_conditionally():
 def test_freeze():
     frozen = {"a": True, "z": False}
     tx = optax.chain(adamjax.adam(0.1), optax.transforms.freeze(frozen))
-    p, _ = walked(tx, MODEL, to_goal, 3)
-    free, _ = walked(adamjax.adam(0.1), MODEL, to_goal, 3)
+    p, _ = minimized(tx, MODEL, distance_to_goal, 3)
+    free, _ = minimized(adamjax.adam(0.1), MODEL, distance_to_goal, 3)
     assert_same(p["a"], MODEL["a"])
     assert_close(p["z"], free["z"], 1e-6)
     tx = optax.transforms.selective_transform(adamjax.adam(0.1), freeze_mask=frozen)
-    assert_close(walked(tx, MODEL, to_goal, 3)[0], p, 1e-6)
+    assert_close(minimized(tx, MODEL, distance_to_goal, 3)[0], p, 1e-6)
 
 
 # --- states ---------------------------------------------------------------------------------------
 
+# By name, a transform, and slots of its state.
 WITH_SLOTS = {
     "adam": (adamjax.adam, ("m", "v")),
     "adamw": (adamjax.adamw, ("m", "v")),
@@ -763,7 +765,7 @@ WITH_SLOTS = {
 
 @pytest.mark.parametrize("name", WITH_SLOTS)
 def test_map_params(name):
-    """optax tells which parts of a state are like the parameters: to lay it out, say."""
+    """optax's `tree_map_params` maps the slots, for example to specs, and no other leaves."""
     make, slots = WITH_SLOTS[name]
     tx = make()
     state = tx.init(MODEL)
@@ -775,12 +777,12 @@ def test_map_params(name):
         assert tree_utils.tree_get(state_specs, slot) == specs
     others = [x for x in jax.tree.leaves(state_specs) if not x.startswith("spec")]
     assert set(others) == {"everywhere"}
-    kept = tree_utils.tree_map_params(tx, lambda x: None, state)
-    assert tree_utils.tree_get(kept, "m") == jax.tree.map(lambda _: None, MODEL)
+    emptied = tree_utils.tree_map_params(tx, lambda x: None, state)
+    assert tree_utils.tree_get(emptied, "m") == jax.tree.map(lambda _: None, MODEL)
 
 
 def test_map_params_of_masked():
-    """A state has `None` for the leaves of other parts, as optax has MaskedNode: see `is_leaf`."""
+    """Our states have `None` where optax has `MaskedNode`, so `is_leaf` must select `None`."""
     for tx in (
         adamjax.masked(adamjax.adam(0.1), "w"),
         adamjax.partition([("w", adamjax.adam(0.1))], default=adamjax.scale(0.0)),
@@ -801,11 +803,11 @@ def test_map_params_of_masked():
 
 def test_get_and_set():
     tx = adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adam(0.1))
-    _, state = walked(tx, MODEL, to_goal, 3)
+    _, state = minimized(tx, MODEL, distance_to_goal, 3)
     assert_same(tree_utils.tree_get(state, "v"), adamjax.get_slot(state, "v"))
     assert tree_utils.tree_get(state, "ScaleByAdamState").count == 3
     assert tree_utils.tree_get(state, "mu", default="none") == "none"
-    # Rates count as well: optax asks which is meant, where `step_count` knows.
+    # The rate has a count too. optax refuses to choose; `step_count` returns the rule's.
     with pytest.raises(KeyError, match="multiple values"):
         tree_utils.tree_get(state, "count")
     assert adamjax.step_count(state) == 3
@@ -817,15 +819,15 @@ def test_get_and_set():
     counts = tree_utils.tree_get_all_with_path(state, "count")
     assert [path[-1].tuple_name for path, _ in counts] == ["ScaleByAdamState", "ScheduleState"]
 
-    # Set counts are where the next step starts from.
+    # The next step starts from the counts that were set.
     @jax.jit
-    def put(state, count):
+    def with_count(state, count):
         return tree_utils.tree_set(state, count=count)
 
-    moved = put(state, jnp.array(7, jnp.int32))
-    assert avals(moved) == avals(state)
-    assert adamjax.step_count(moved) == 7
-    _, after = tx.update(MODEL, moved, MODEL)
+    changed = with_count(state, jnp.array(7, jnp.int32))
+    assert avals(changed) == avals(state)
+    assert adamjax.step_count(changed) == 7
+    _, after = tx.update(MODEL, changed, MODEL)
     assert adamjax.step_count(after) == 8
     with pytest.raises(KeyError):
         tree_utils.tree_set(state, momentum=1.0)
@@ -839,46 +841,46 @@ def test_get_and_set():
     [("adam", parabola), ("adam", mixed), *((name, rosenbrock) for name in OPTIMIZERS)],
 )
 def test_mechanize(name, target):
-    """A rate of 1 that contrib's wrapper tunes: what it finds is near the optimum."""
+    """contrib's wrapper tunes a rate of 1, and the optimizer reaches the optimum."""
     p, goal, objective = target(jnp.float32)
     tx = contrib.mechanize(OPTIMIZERS[name].func(1.0), weight_decay=0.0)
     state = tree_utils.tree_map_params(tx, lambda x: x, tx.init(p))
-    assert_near(walked(tx, p, objective, 30_000, state)[0], goal)
+    assert_near(minimized(tx, p, objective, 30_000, state)[0], goal)
 
 
 @each_optimizer
 def test_schedule_free(name):
-    p, goal, objective = at_once(*(t(jnp.float32) for t in (parabola, rosenbrock, mixed)))
+    p, goal, objective = joined(*(t(jnp.float32) for t in (parabola, rosenbrock, mixed)))
     tx = contrib.schedule_free(OPTIMIZERS[name].func(0.01, b1=0.0), learning_rate=0.01)
-    p, state = walked(tx, p, objective, 30_000)
+    p, state = minimized(tx, p, objective, 30_000)
     assert_near(contrib.schedule_free_eval_params(state, p), goal)
 
 
 def test_reduce_on_plateau():
-    """The loss that it is given reaches it, in an optax chain and in ours."""
+    """The loss reaches it as an extra argument, in optax's chain and in ours."""
     p, _, objective = rosenbrock(jnp.float32)
 
     def plateau():
         return contrib.reduce_on_plateau(factor=0.5, patience=2, rtol=0.5, cooldown=1)
 
     theirs = optax.chain(optax.adam(0.1), plateau())
-    expected, known = walked(theirs, p, objective, 40, with_value=True)
-    assert known[-1].scale < 0.1
+    expected, expected_state = minimized(theirs, p, objective, 40, with_value=True)
+    assert expected_state[-1].scale < 0.1
     for chain in (optax.chain, adamjax.chain):
         tx = chain(adamjax.adam(0.1, eps=1e-8), plateau())
-        q, state = walked(tx, p, objective, 40, with_value=True)
+        q, state = minimized(tx, p, objective, 40, with_value=True)
         assert_close(q, expected, 1e-4)
-        assert state[-1].scale == known[-1].scale
+        assert state[-1].scale == expected_state[-1].scale
 
 
 def test_split_real_and_imaginary():
-    """Complex weights as pairs of real ones: steps of the pairs."""
+    """Complex weights move like pairs of real weights."""
     x = jnp.array([[0.1, 0.2, 0.3], [-0.1, -0.2, -0.3]])
     y = jnp.array([[0.5, -0.5, 0.0], [0.1, 0.3, -0.2]])
     for tx in (adamjax.adam(0.1), adamjax.adamax(0.1)):
         split = contrib.split_real_and_imaginary(tx)
-        (a, b), _ = walked(tx, (x, y), lambda p: jnp.sum(p[0] ** 2 + p[1] ** 2), 3)
-        z, _ = walked(split, x + 1j * y, lambda z: jnp.sum(squared(z)), 3)
+        (a, b), _ = minimized(tx, (x, y), lambda p: jnp.sum(p[0] ** 2 + p[1] ** 2), 3)
+        z, _ = minimized(split, x + 1j * y, lambda z: jnp.sum(squared(z)), 3)
         assert_close(z, a + 1j * b, 1e-6)
 
 
@@ -903,7 +905,7 @@ def test_sam():
 
     def after_twenty_steps(tx, ascent):
         tx = contrib.sam(tx, optax.chain(contrib.normalize(), ascent), sync_period=2)
-        return walked(tx, p, objective, 20)[0]
+        return minimized(tx, p, objective, 20)[0]
 
     ours = after_twenty_steps(adamjax.adam(0.1, eps=1e-8), adamjax.scale(-0.05))
     assert_close(ours, after_twenty_steps(optax.adam(0.1), optax.sgd(0.05)), 1e-5)

@@ -1,4 +1,4 @@
-"""A row gradient behaves as the dense array that it represents, alone and through transforms."""
+"""A row gradient behaves as the dense array that it represents, alone and in transforms."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ V, D = 23, 3
 
 
 def dense(indices, values, num_rows):
-    """The dense gradient, by NumPy in float64."""
+    """The dense gradient, in float64 NumPy."""
     indices, values = np.asarray(indices), np.asarray(values, np.float64)
     out = np.zeros((num_rows, *values.shape[indices.ndim :]))
     for i, v in zip(indices.reshape(-1), values.reshape(-1, *out.shape[1:]), strict=True):
@@ -30,22 +30,22 @@ def dense(indices, values, num_rows):
 
 
 def draw(shape=(4, 10), trailing=(D,), seed=0, low=-3, high=V + 3, dtype=np.int32):
-    """Indices, some of them outside the table, and a gradient for each."""
+    """Indices, by default some of them outside the table, and a gradient for each."""
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(*shape, *trailing)).astype(np.float32)
     return rng.integers(low, high, shape).astype(dtype), values
 
 
 def check_rows(rows, indices, values, num_rows=V):
-    """It has each row in the table once, with the sum of its values, and zeros in unused places."""
+    """Compares a row gradient with `dense`: each row once, and zeros in unused places."""
     expected = dense(indices, values, num_rows)
     found = np.asarray(rows.indices)
-    live = found[found < num_rows]
-    assert len(set(live)) == len(live)
+    used = found[found < num_rows]
+    assert len(set(used)) == len(used)
     assert (found >= 0).all()
     assert not np.any(np.asarray(rows.values)[found == num_rows])
     inside = np.asarray(indices)[(np.asarray(indices) >= 0) & (np.asarray(indices) < num_rows)]
-    assert set(live) == set(inside.reshape(-1).tolist())
+    assert set(used) == set(inside.reshape(-1).tolist())
     assert rows.shape == expected.shape
     np.testing.assert_allclose(np.asarray(rows.to_dense()), expected, rtol=0, atol=1e-5)
 
@@ -71,7 +71,8 @@ def test_any_integer_dtype(dtype):
             check_rows(row_gradient(indices, values, num_rows), indices, values, num_rows)
 
 
-WIDE = {
+# By name, indices, and the int32 that they become: V if they are outside the table.
+INDICES = {
     "int64": (np.array([2**32 + 5, 5, -1]), [V, 5, V]),
     "uint64": (np.array([2**63 + 5, 5, 2**32], np.uint64), [V, 5, V]),
     "uint32": (np.array([2**32 - 1, 5], np.uint32), [V, 5]),
@@ -90,7 +91,7 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize(("indices", "expected"), WIDE.values(), ids=WIDE)
+@pytest.mark.parametrize(("indices", "expected"), INDICES.values(), ids=INDICES)
 @pytest.mark.parametrize("x64", [False, True])
 def test_wide_indices_do_not_wrap_around_into_the_table(indices, expected, x64):
     expected = np.asarray(expected)
@@ -125,7 +126,7 @@ def test_wide_indices_do_not_wrap_around_into_the_table(indices, expected, x64):
         (np.zeros((), jax.dtypes.float0), "void"),
     ],
 )
-def test_what_is_no_integer_is_no_index(indices, kind):
+def test_indices_that_are_no_integers_are_refused(indices, kind):
     for call in (
         lambda: checked_ids("me", indices, V),
         lambda: jax.jit(lambda: checked_ids("me", indices, V))(),
@@ -140,12 +141,12 @@ def test_what_is_no_integer_is_no_index(indices, kind):
 def test_both_ways_to_find_distinct_indices(num_rows):
     """By a scratch array of the table's length and, where that would be long, by sorting."""
     ids = np.random.default_rng(0).integers(0, num_rows + 1, 40).astype(np.int32)
-    found, place = map(np.asarray, distinct(jnp.asarray(ids), num_rows))
-    live = ids < num_rows
-    assert (found[place[live]] == ids[live]).all()
-    assert (place[~live] == ids.size).all()
-    count = len(set(ids[live]))
-    assert set(found[:count]) == set(ids[live])
+    found, positions = map(np.asarray, distinct(jnp.asarray(ids), num_rows))
+    inside = ids < num_rows
+    assert (found[positions[inside]] == ids[inside]).all()
+    assert (positions[~inside] == ids.size).all()
+    count = len(set(ids[inside]))
+    assert set(found[:count]) == set(ids[inside])
     assert (found[count:] == num_rows).all()
 
 
@@ -181,10 +182,10 @@ def test_an_index_outside_is_reported_by_checkify():
         ([0], np.ones((1, D)), 4.0, ValueError, "num_rows must be.*got 4.0"),
     ],
 )
-def test_what_does_not_fit_is_refused(indices, values, num_rows, error, text):
-    for given in (indices, np.array(indices)):
+def test_row_gradient_refuses_arguments_that_do_not_fit(indices, values, num_rows, error, text):
+    for ids in (indices, np.array(indices)):
         with pytest.raises(error, match=text):
-            row_gradient(given, values, num_rows)
+            row_gradient(ids, values, num_rows)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -201,7 +202,7 @@ def test_narrow_values_are_summed_in_float32(dtype):
     "ids", [[0, -1], pytest.param([], marks=pytest.mark.slow)], ids=["outside", "nothing"]
 )
 def test_a_table_of_no_rows(ids):
-    """Every index is outside, and the other leaves take their steps."""
+    """Every index is outside, and the other leaves move."""
     params = {"t": jnp.zeros((0, D)), "b": jnp.ones(2)}
     rows = row_gradient(np.array(ids, int), jnp.ones((len(ids), D)), 0)
     assert rows.to_dense().shape == (rows + rows).shape == (0, D)
@@ -251,7 +252,7 @@ def test_arithmetic_is_that_of_the_dense_array(rows):
     assert (rows.ndim, rows.size, rows.dtype) == (2, V * D, jnp.float32)
 
 
-def test_what_is_not_of_its_shape_is_not_added(rows):
+def test_arrays_of_another_shape_are_refused_in_arithmetic(rows):
     for other in (jnp.ones((V, D + 1)), jnp.ones(D), 1.0):
         with pytest.raises(TypeError):
             other + rows
@@ -262,7 +263,7 @@ def test_what_is_not_of_its_shape_is_not_added(rows):
 
 
 def test_an_array_that_cannot_hold_the_sum_is_refused(rows):
-    """It would lose imaginary parts or fractions."""
+    """The sum would lose imaginary parts or fractions."""
     for array, wrong in (
         (jnp.ones((V, D)), 1j * rows),
         (jnp.ones((V, D), int), rows),
@@ -287,7 +288,7 @@ def test_a_factor_of_any_kind_gives_the_dtype_of_the_dense_product(rows):
 
 
 @pytest.mark.slow
-def test_the_sum_of_lazy_row_gradients_is_lazy():
+def test_a_sum_of_row_gradients_is_lazy_if_both_are():
     a, b = (
         row_gradient(*draw((4,), seed=seed, low=0, high=V), V).replace(lazy=lazy)
         for seed, lazy in ((0, True), (1, False))
@@ -339,7 +340,7 @@ def test_under_vmap():
 # --- arithmetic on leaves -----------------------------------------------------------------------
 
 
-# Mistakes: computations on the leaves of row gradients, which take the indices for gradients.
+# Mistakes: computations on all leaves of row gradients, and so on the indices too.
 MISTAKEN = {
     "added by jnp": lambda a, b: jax.tree.map(jnp.add, a, b),
     "added": lambda a, b: jax.tree.map(lambda x, y: x + y, a, b),
@@ -349,7 +350,7 @@ MISTAKEN = {
     "zeros": lambda a, b: jax.tree.map(jnp.zeros_like, a),
     "ones": lambda a, b: jax.tree.map(jnp.ones_like, a),
     "integer mean": lambda a, b: jax.tree.map(lambda x, y: (x + y) // 2, a, b),
-    "64 of them": lambda a, b: jax.tree.map(lambda *x: sum(x), *[a] * 64),
+    "sum of 64": lambda a, b: jax.tree.map(lambda *x: sum(x), *[a] * 64),
     "absolute value": lambda a, b: jax.tree.map(jnp.abs, a),
     "clipped": lambda a, b: jax.tree.map(lambda x: jnp.clip(x, -1, 1), a),
     "squared": lambda a, b: jax.tree.map(jnp.square, a),
@@ -357,7 +358,7 @@ MISTAKEN = {
         lambda s, x: s + x, jax.tree.map(lambda s, x: s + x, jax.tree.map(jnp.zeros_like, a), a), b
     ),
 }
-# Uses of the gradient of a table of zeros.
+# Uses of a row gradient, with tables of zeros.
 USES = {
     "to_dense": lambda rows: rows.to_dense(),
     "table + rows": lambda rows: jnp.zeros(rows.shape) + rows,
@@ -400,7 +401,7 @@ def test_arithmetic_on_leaves_is_refused_where_it_is_used(name):
 def test_arithmetic_on_leaves_of_another_program_makes_nan():
     """If the arithmetic was done outside the step's `jit`, only the compiled step can notice it.
 
-    It makes NaN, at least in the first row.
+    Then the result has NaN, at least in the first row.
     """
     for use in USES.values():
         step = jax.jit(use)
@@ -413,12 +414,12 @@ def test_arithmetic_on_leaves_of_another_program_makes_nan():
 def test_arithmetic_on_leaves_within_a_program_is_refused_or_makes_nan():
     for make in MISTAKEN.values():
         table = jnp.nan
-        with contextlib.suppress(ValueError):  # refused, where tracing can tell
+        with contextlib.suppress(ValueError):  # if it is refused while tracing
             table = jax.jit(lambda make=make: (jnp.zeros((V, D)) + make(*two_gradients()))[:6])()
         assert np.isnan(table).all()
 
 
-def test_means_of_leaves_are_no_rows():
+def test_means_of_leaves_are_refused():
     halved = jax.tree.map(lambda x: x / 2, two_gradients()[0])
     with pytest.raises(TypeError, match="indices of a row gradient are float32"):
         halved.to_dense()
@@ -437,8 +438,7 @@ def test_sums_over_replicas_by_leaves_are_refused_or_make_nan():
     right = summed(lambda rows: adamjax.sum_over("d").update(rows, ())[0])
     assert_close(right[0], row_gradient(indices, values, V).to_dense(), 1e-5)
     for wrong in (jax.lax.psum, jax.lax.pmean):
-        # A newer JAX computes `psum` of a constant at once, so this may be refused while tracing;
-        # then NaN stands in for the result.
+        # A newer JAX computes `psum` of a constant at once, so this may be refused while tracing.
         table = jnp.nan
         with contextlib.suppress(ValueError, TypeError):
             table = summed(lambda rows, wrong=wrong: wrong(rows, "d"))[:, :6]
@@ -476,7 +476,7 @@ def test_moving_or_copying_row_gradients_keeps_them(name):
     assert "seal" not in repr(moved)
 
 
-def test_stacked_row_gradients_are_no_row_gradient():
+def test_stacked_row_gradients_are_refused():
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *two_gradients())
     with pytest.raises(ValueError, match=r"indices of shape \(2, 6\).*make one: row_gradient"):
         stacked.to_dense()
@@ -485,35 +485,32 @@ def test_stacked_row_gradients_are_no_row_gradient():
     assert_close(one.to_dense(), (a + b).to_dense())
 
 
-def after_a_clip(rows):
+def pipeline(rows):
     rule = adamjax.adamw(0.1, rows=rows)
     return adamjax.chain(adamjax.clip_by_global_norm(1.0), rule, adamjax.weight_ema(0.99))
 
 
 # Without adam, whose step is a part of that of adamw.
-IN_PLACE = {
+TABLE_OPTIMIZERS = {
     "lazy adamw": adamjax.adamw(0.1, rows="lazy"),
     "lazy amsgrad": adamjax.amsgrad(0.1, rows="lazy"),
-    "lazy pipeline": after_a_clip("lazy"),
+    "lazy pipeline": pipeline("lazy"),
     "dense adamw": adamjax.adamw(0.1),
     "exact adamw": adamjax.exact_rows(adamjax.adamw(0.1), "t"),
     "exact amsgrad": adamjax.exact_rows(adamjax.amsgrad(0.1), "t"),
-    "exact pipeline": adamjax.exact_rows(after_a_clip("dense"), "t"),
+    "exact pipeline": adamjax.exact_rows(pipeline("dense"), "t"),
 }
 
 
 @pytest.mark.parametrize("name", ["lazy adamw", "dense adamw", "exact pipeline"])
-def test_a_seal_costs_nothing_in_one_program(name):
-    """Nor inside `skip_not_finite` or `accumulate_gradients`.
-
-    Their branches would make the seal a traced array.
-    """
+def test_a_program_that_makes_its_row_gradients_has_no_seal(name):
+    """Not even in the branches of `skip_not_finite` and `accumulate_gradients`."""
     for around in (
         lambda tx: tx,
         adamjax.skip_not_finite,
         lambda tx: adamjax.accumulate_gradients(tx, 2, max_rows=20),
     ):
-        tx, params = around(IN_PLACE[name]), {"t": jnp.zeros((V, D))}
+        tx, params = around(TABLE_OPTIMIZERS[name]), {"t": jnp.zeros((V, D))}
 
         def step(params, state, indices, values, tx=tx):
             updates, state = tx.update({"t": row_gradient(indices, values, V)}, state, params)
@@ -569,16 +566,16 @@ def run(tx, steps, *, as_rows):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_with_dense_rows_a_row_gradient_is_the_dense_gradient(name):
+def test_with_dense_rows_a_row_gradient_equals_the_dense_gradient(name):
     tx = OPTIMIZERS[name]("dense")
     rows = run(tx, 8, as_rows=True)
     assert_close(rows, run(tx, 8, as_rows=False), 2e-6)
 
 
-# Without the two in which decay, which is not lazy, moves every row.
+# Without the two whose weight decay is not lazy, so that it moves every row.
 @pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n not in ("decay before", "no rule")])
 def test_with_lazy_rows_those_without_a_gradient_stand_still(name):
-    """In weights, moments and average. The others move as by the dense gradient."""
+    """So do their moments and averages. The other rows move as with the dense gradient."""
     tx = OPTIMIZERS[name]("lazy")
     params = {"b": jnp.ones(4), "t": jnp.asarray(np.random.default_rng(5).normal(size=(V, D)))}
     state = tx.init(params)
@@ -601,7 +598,7 @@ def test_with_lazy_rows_those_without_a_gradient_stand_still(name):
         params, state = moved, after
 
 
-def test_no_rows_are_a_gradient_of_zero():
+def test_a_row_gradient_without_rows_is_a_gradient_of_zero():
     tx, params = adamjax.adamw(0.1, weight_decay=0.1), {"t": jnp.ones((V, D))}
     empty = row_gradient(jnp.zeros(0, int), jnp.zeros((0, D)), V)
     zeros = {"t": jnp.zeros((V, D))}
@@ -621,6 +618,7 @@ def test_rows_must_be_dense_or_lazy():
 
 
 def lazy_step():
+    """A lazy optimizer, parameters, row gradients, and the parameters after a step."""
     params, (indices, values) = {"t": jnp.ones((V, D))}, draw(high=V, low=0)
     grads = {"t": row_gradient(indices, values, V)}
     tx = adamjax.adam(0.1, rows="lazy")
@@ -666,13 +664,13 @@ def test_flax_applies_rows():
         lambda: optax.scale_by_schedule(lambda count: 1.0),
     ],
 )
-def test_what_cannot_take_rows_is_named(make):
+def test_an_error_names_the_transform_that_cannot_take_row_gradients(make):
     params, grads = {"t": jnp.ones((V, D))}, {"t": row_gradient(*draw(), V)}
-    other = make()
-    name = other.update.__qualname__.split(".")[0]
+    foreign = make()
+    name = foreign.update.__qualname__.split(".")[0]
     for tx in (
-        adamjax.chain(other, adamjax.adam()),
-        adamjax.chain(adamjax.adam(rows="lazy"), other),
+        adamjax.chain(foreign, adamjax.adam()),
+        adamjax.chain(adamjax.adam(rows="lazy"), foreign),
     ):
         with pytest.raises(TypeError, match=rf"foreign\({name}\b.*cannot take row.*'t'"):
             tx.update(grads, tx.init(params), params)
@@ -688,7 +686,7 @@ def test_a_foreign_transform_that_leaves_rows_alone_is_accepted():
     )
 
 
-def test_indices_that_were_taken_for_gradients_are_refused():
+def test_indices_that_optax_has_scaled_are_refused():
     tx, params, grads, _ = lazy_step()
     around = optax.chain(optax.scale(2.0), tx)
     with pytest.raises(
@@ -704,13 +702,13 @@ def test_indices_that_were_taken_for_gradients_are_refused():
 # --- memory -------------------------------------------------------------------------------------
 
 
-# With 10,000 the rows are worked on in blocks.
+# 10,000 rows are worked on in blocks.
 @pytest.mark.parametrize(("n", "fraction"), [(512, 1 / 8), (10_000, 1 / 2)])
-@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("name", TABLE_OPTIMIZERS)
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="an older XLA copies more")
 def test_tables_are_updated_in_place(name, n, fraction):
-    """No copy of a table or a slot among the temporaries of a donated step, nor a gradient."""
-    tx, num_rows, width = IN_PLACE[name], 2**17, 32
+    """A donated step has no temporaries of a table's size: no copy and no dense gradient."""
+    tx, num_rows, width = TABLE_OPTIMIZERS[name], 2**17, 32
 
     def step(params, state, indices, values):
         grads = {"t": row_gradient(indices, values, num_rows)}
@@ -718,9 +716,10 @@ def test_tables_are_updated_in_place(name, n, fraction):
         return adamjax.apply_updates(params, updates), state
 
     params = {"t": jax.ShapeDtypeStruct((num_rows, width), jnp.float32)}
-    given = jax.ShapeDtypeStruct((n,), jnp.int32), jax.ShapeDtypeStruct((n, width), jnp.float32)
+    batch = jax.ShapeDtypeStruct((n,), jnp.int32), jax.ShapeDtypeStruct((n, width), jnp.float32)
     state = jax.eval_shape(tx.init, params)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, *given).compile()
-    memory, slots = compiled.memory_analysis(), sum(4 * x.size for x in jax.tree.leaves(state))
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, *batch).compile()
+    memory = compiled.memory_analysis()
+    state_bytes = sum(4 * x.size for x in jax.tree.leaves(state))
     assert memory.temp_size_in_bytes < num_rows * width * 4 * fraction
-    assert memory.alias_size_in_bytes == num_rows * width * 4 + slots
+    assert memory.alias_size_in_bytes == num_rows * width * 4 + state_bytes

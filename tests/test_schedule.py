@@ -30,8 +30,7 @@ call_traced = jax.jit(lambda schedule, count: schedule(count))
 COUNTS = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 19, 20, 21, 22, 100, 12345]
 
 
-# The formulas of keras/src/optimizers/schedules/learning_rate_schedule.py, for a Python int `step`
-# and without a schedule inside another one.
+# The formulas of keras/src/optimizers/schedules/learning_rate_schedule.py, for a Python int `step`.
 
 
 def keras_exponential(step, initial, decay_steps, decay_rate, staircase=False):
@@ -70,6 +69,7 @@ def keras_cosine(step, initial, decay_steps, alpha, target=None, warmup_steps=0)
     return top * ((1 - alpha) * 0.5 * (1 + math.cos(math.pi * completed)) + alpha)
 
 
+# By name, a schedule and its formula.
 CASES = {
     "constant": (constant(0.3), lambda t: 0.3),
     "exponential": (exponential_decay(0.1, 7, 0.96), lambda t: keras_exponential(t, 0.1, 7, 0.96)),
@@ -147,7 +147,7 @@ def test_a_schedule_agrees_with_the_formula_of_keras(schedule, formula):
 
 @pytest.mark.parametrize("steps_dtype", ["int8", "uint16", "int32", "uint32", "int64", "uint64"])
 def test_steps_and_counts_may_have_any_two_integer_dtypes(steps_dtype):
-    """Also uint64 with a signed one, which NumPy's rules promote to a float."""
+    """Also uint64 and a signed dtype, which NumPy's rules promote to a float."""
     with enable_x64(True):
         schedule = exponential_decay(1.0, jnp.asarray(10, steps_dtype), 0.5, staircase=True)
         for count_dtype in ("int8", "uint8", "int32", "int64", "uint64"):
@@ -175,10 +175,9 @@ def test_a_schedule_may_be_an_argument_of_jit(schedule, formula):
     ids=lambda schedule: type(schedule).__name__,
 )
 def test_a_count_below_0_makes_nan(schedule):
-    """Unchecked, the linear decay would give 0.5 at count -5.
+    """Unchecked, the linear decay would be 0.5 at count -5.
 
-    The code measures how far the count is from the end of its stretch of ten steps; at -5 that is
-    half, as at 5.
+    It computes how much is left of the ten steps that a count is in. At -5 this is one half.
     """
     for call in (schedule, jax.jit(schedule)):
         for count in (-1, jnp.int32(-5), -0.5):
@@ -189,13 +188,13 @@ def test_a_count_below_0_makes_nan(schedule):
     assert (float(joined(2)), float(joined(3))) == (0.25, float(schedule(0)))
 
 
-def test_boundaries_belong_to_the_value_before():
+def test_at_a_boundary_the_value_before_it_still_holds():
     rate = piecewise_constant([2, 5], [1.0, 0.5, 0.25])
     assert [float(rate(t)) for t in range(8)] == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25]
     assert float(piecewise_constant([], [0.5])(3)) == 0.5
 
 
-def test_a_staircase_steps_at_whole_multiples():
+def test_a_staircase_changes_at_whole_multiples():
     """Also after millions of steps, where quotients could be rounded up to a whole number."""
     counts = np.arange(0, 4_000_000, 1000)
     rate = inverse_time_decay(1.0, 1000, 1.0, staircase=True)
@@ -206,7 +205,7 @@ def test_a_staircase_steps_at_whole_multiples():
 
 @pytest.mark.parametrize("staircase", [False, True])
 def test_a_power_of_many_steps_is_as_accurate_as_one_of_few(staircase):
-    """Rounded to float32, 0.99999 would be off by 0.27% in its power of 200,000."""
+    """If 0.99999 were rounded to float32, its 200,000th power would be off by 0.27%."""
     counts = np.array([0, 1, 999, 4095, 4096, 4097, 200_000, 999_999, 2**24 + 1, 2**31 - 1])
     for length, base in ((1, 0.99999), (7, 1 - 1e-7), (1000, 0.96), (390.625, 0.9), (1, 1.0001)):
         rate = exponential_decay(0.01, length, base, staircase=staircase)
@@ -221,7 +220,7 @@ def test_a_power_of_many_steps_is_as_accurate_as_one_of_few(staircase):
         assert np.all(actual[expected > 1e50] == np.inf)
 
 
-# Schedules that jump or bend at multiples of a length n, with their formulas.
+# By name, a schedule that jumps or bends at multiples of a length n, and its formula.
 WITH_JUMPS = {
     "exponential": (
         lambda n: exponential_decay(1.0, n, 0.5, staircase=True),
@@ -261,15 +260,16 @@ def test_schedules_jump_or_bend_at_whole_multiples_of_any_length(name):
 
 @pytest.mark.parametrize("steps", [41.0, 2.5, 0.5, 390.625, jnp.float32(41), jnp.array(41)])
 @pytest.mark.parametrize("as_argument", [False, True])
-def test_a_staircase_of_any_kind_of_length_steps_at_its_multiples(steps, as_argument):
+def test_a_staircase_of_any_kind_of_length_changes_at_its_multiples(steps, as_argument):
     n = float(steps)
     rate = exponential_decay(1.0, steps, 0.5, staircase=True)
-    # A schedule with arrays has no hash, which `jit` needs: a lambda has.
+    # `jit` needs a hash. A schedule with arrays has none, a lambda has one.
     call = functools.partial(call_traced, rate) if as_argument else jax.jit(lambda t: rate(t))
     for t in (0, 1, 2, 3, 5, 40, 41, 42, 81, 82, 390, 391, 3125):
         assert float(call(t)) == np.float32(0.5 ** math.floor(t / n)), t
 
 
+# Counts around the changes of the schedules, and large ones.
 EDGES = [0, 1, 2, 3, 6, 7, 8, 20, 40, 41, 42, 82, 123, 1000, 2**24 - 1, 2**24, 2**24 + 1]
 EDGES += [2**30, 2**31 - 2, 2**31 - 1]
 SCHEDULES = {
@@ -310,7 +310,7 @@ def test_learning_rate_returns_the_rate_of_a_step_that_takes_schedules_of_arrays
 
 
 def test_counts_are_compared_as_whole_numbers():
-    """A float32 does not know 2**24 + 1."""
+    """In float32, 2**24 + 1 is 2**24."""
     for wrap in (lambda f: f, jax.jit):
         rate = wrap(piecewise_constant([2**24, 2**31 - 2], [1.0, 0.5, 0.25]))
         counts = [2**24 - 1, 2**24, 2**24 + 1, 2**31 - 2, 2**31 - 1]
@@ -348,6 +348,7 @@ def test_boundaries_between_and_beyond_counts():
     assert rates == [1.0, 2.0, 2.0, 3.0, 3.0]
 
 
+# By name, a schedule that decays over n steps, and its formula.
 LONG = {
     "cosine": (lambda n: cosine_decay(0.1, n), lambda n, t: keras_cosine(t, 0.1, n, 0.0)),
     "polynomial": (
@@ -383,7 +384,7 @@ def test_decays_may_be_longer_than_any_run(name):
                 np.testing.assert_allclose(value, formula(float(n), t), rtol=2e-6, atol=1e-9)
 
 
-def test_counts_that_no_int32_holds_are_refused():
+def test_counts_beyond_int32_are_refused():
     for bad in (2**31, 2**40, np.int64(2**32 + 5), 10**30):
         for schedule in (cosine_decay(0.1, 10), warmup(0.1, 3), constant(0.5)):
             with pytest.raises(ValueError, match=r"count of steps.*up to 2147483647; got"):
@@ -546,7 +547,7 @@ def test_a_rate_of_0_stays_0_though_its_factor_overflows():
 
 @pytest.mark.parametrize("name", LONG)
 def test_long_decays_go_through_jit(name):
-    """Within a transform. An integer beyond int32 could not be an argument of `jit`."""
+    """In a transform that is an argument, although an integer beyond int32 cannot be one."""
     make, formula = LONG[name]
     for n in (2**31, 10**10):
         tx = adamjax.chain(adamjax.scale(1.0), scale_by_learning_rate(make(n)))
@@ -583,7 +584,7 @@ PARAMS = {
 
 
 def rates_of(learning_rate, params=PARAMS, step=0):
-    """The learning rate that every leaf sees at a step."""
+    """The learning rate of each leaf, by its path, at a step."""
     tx = scale_by_learning_rate(learning_rate)
     state = tx.init(params)
     for _ in range(step + 1):
@@ -595,7 +596,7 @@ def rates_of(learning_rate, params=PARAMS, step=0):
     }
 
 
-def test_by_path_takes_the_first_match_else_the_default():
+def test_by_path_uses_the_first_pattern_that_matches_or_else_the_default():
     rates = by_path([("bert/layers/1", 0.5), ("^bert", 0.25), ("bias$", 0.125)], default=1.0)
     assert rates_of(rates) == {
         "bert/layers/0/kernel": 0.25,
@@ -615,7 +616,7 @@ def test_by_path_searches_as_re_does():
     assert by_path([], default=1.0).at("anything") == 1.0
 
 
-def test_by_path_takes_schedules_arrays_and_functions():
+def test_by_path_accepts_schedules_arrays_and_functions():
     rates = by_path(
         [
             ("layers/0", piecewise_constant([0], [0.5, 0.25])),
@@ -631,7 +632,7 @@ def test_by_path_takes_schedules_arrays_and_functions():
     assert float(now.at("head/kernel")) == 4.0
 
 
-def test_by_path_names_leaves_of_any_tree():
+def test_by_path_has_paths_for_leaves_of_any_tree():
     assert rates_of(by_path([("^$", 0.5)], default=1.0), jnp.ones(2)) == {"": 0.5}
     assert rates_of(by_path([("^1$", 0.5)], default=1.0), (jnp.ones(2), jnp.ones(2))) == {
         "0": 1.0,
@@ -690,7 +691,7 @@ def test_any_callable_of_the_count_is_a_schedule(schedule):
     assert hash(tx) == hash(adamjax.adam(schedule))
 
 
-def test_warmup_takes_any_callable():
+def test_warmup_accepts_any_callable():
     schedule = optax.cosine_decay_schedule(1.0, 10)
     rate = warmup(schedule, 4)
     expected = [0, 0.25, 0.5, 0.75, schedule(0), schedule(1)]
@@ -707,7 +708,7 @@ def test_a_rate_must_be_a_scalar():
 
 
 def update_at(rate, count=0):
-    """The update that a gradient of ones becomes, at a count: minus the rate."""
+    """The update of a gradient of ones at a count, which is minus the rate."""
     tx = scale_by_learning_rate(rate)
     state = adamjax.states.ScheduleState(jnp.array(count, jnp.int32))
     return jax.jit(lambda s: tx.update(jnp.ones(2), s)[0])(state)
@@ -776,7 +777,7 @@ def test_a_traced_rate_below_0_gives_nan(make):
         assert np.isnan(step(bad)).all()
 
 
-def test_a_class_is_no_rate():
+def test_a_class_is_refused_as_a_rate():
     for make in (
         adamjax.adam,
         lambda rate: warmup(rate, 3),
@@ -802,7 +803,7 @@ def test_a_class_is_no_rate():
     ],
     ids=repr,
 )
-def test_numbers_of_steps_that_were_edited_in_the_pytree_are_refused(schedule, name, value):
+def test_steps_and_boundaries_that_were_edited_are_refused_if_they_are_wrong(schedule, name, value):
     edited = copy.copy(schedule)
     edited.set_fields(**{name: value})
     with pytest.raises(ValueError, match=r"must (be|increase)"):

@@ -1,4 +1,4 @@
-"""States and tables on a mesh: what eight devices do is what one does, and what it costs them."""
+"""States and tables on eight devices, compared with one device; and what the devices exchange."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 DEVICES, STEPS, BATCH = 8, 60, 32
 V, D = 4096, 8
-# Devices add in another order, and a step magnifies the rounding errors of its gradient.
+# Eight devices add in another order than one, and a step magnifies rounding errors of gradients.
 CLOSE = 1e-5
 
 RULES = {
@@ -28,12 +28,12 @@ RULES = {
     "adamax": functools.partial(adamjax.adamax, 1e-2),
     "nadam": functools.partial(adamjax.nadam, 1e-2),
 }
-# Each kind of state once. A step with a whole state does not depend on the mesh, so one rule is
-# enough for it.
+# Whether the state is whole on each device or split, and the rule. A step with a whole state does
+# not depend on the mesh, so one rule is enough. adamw has the state of adam.
 REPLICAS = ["whole adam", *(f"split {name}" for name in RULES if name != "adamw")]
-# The mode of the rows and the rule. Exact rows have a computation for each rule. The other modes
-# apply any rule to the rows of its slots, so each of them gets rules that differ: one decays
-# weights, one has a third slot, one has no `v` and one a scalar more.
+# The mode of the rows ("array": dense gradients) and the rule. `exact_rows` has a computation for
+# each rule. The other modes apply any rule to the rows of its slots, so rules that differ are
+# enough: adamw decays weights, amsgrad has a third slot, adamax no `v`, nadam one scalar more.
 TABLES = [
     *(f"exact {name}" for name in RULES if name != "adam"),
     *("lazy adamw", "lazy amsgrad", "dense adamax", "dense nadam"),
@@ -52,115 +52,116 @@ NARROW = {
 }
 
 # An older XLA fails to compile steps that move a state between memories on a mesh of CPUs.
-PINNED = jax.__version_info__ >= (0, 10) and "pinned_host" in [
+HAS_PINNED_HOST = jax.__version_info__ >= (0, 10) and "pinned_host" in [
     memory.kind for memory in jax.devices()[0].addressable_memories()
 ]
 
 
 @pytest.fixture(scope="module")
-def found():
-    """The results of each case, from a process of its own with several devices."""
+def results():
+    """The results of all cases, from one process with several devices."""
     output = run_on_devices(DEVICES, "import test_sharding; test_sharding.main()")
     return json.loads(output.splitlines()[-1])
 
 
-# --- what is asserted -----------------------------------------------------------------------------
+# --- tests of the results -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", REPLICAS)
-def test_replicas_do_what_one_device_does(found, case):
-    assert found[case]["distance"] < CLOSE
+def test_replicas_do_what_one_device_does(results, case):
+    assert results[case]["distance"] < CLOSE
 
 
 @pytest.mark.parametrize("case", [case for case in REPLICAS if case.startswith("split")])
-def test_a_device_holds_its_share_of_a_split_state(found, case):
-    """Each device has all scalars, and all leaves that do not divide."""
-    whole = found[case]["bytes of one"]
-    assert found[case]["bytes"] - found[case]["odd"] == (whole - found[case]["odd"]) / DEVICES
+def test_a_device_holds_its_share_of_a_split_state(results, case):
+    """But each device has all scalars, and all leaves without a dimension that can be split."""
+    total, whole = results[case]["bytes on one device"], results[case]["bytes of whole leaves"]
+    assert results[case]["bytes"] - whole == (total - whole) / DEVICES
 
 
-def test_gradients_are_reduce_scattered_and_updates_gathered(found):
-    program = found["reduced"]["program"]
-    sizes = {kind: [x for k, x in program if k == kind] for kind in dict(program)}
-    assert found["reduced"]["distance"] < CLOSE
-    # The parts of two parameters; their updates.
+def test_gradients_are_reduce_scattered_and_updates_gathered(results):
+    found = results["reduced"]["collectives"]
+    sizes = {kind: [x for k, x in found if k == kind] for kind in dict(found)}
+    assert results["reduced"]["distance"] < CLOSE
+    # One device's parts of the gradients of `b` and `w`, and the whole updates of these.
     assert sizes["reduce-scatter"] == [3, 48]
     assert sizes["all-gather"] == [24, 384]
-    # The loss, the norm, and what does not divide.
+    # The loss, the norm, and the gradient of `odd`, which cannot be split.
     assert max(sizes["all-reduce"]) <= 5
 
 
 @pytest.mark.parametrize("case", TABLES)
-def test_row_sharded_tables_move_as_on_one_device(found, case):
-    assert found[case]["distance"] < CLOSE
-    assert found[case]["bytes"] * DEVICES == found[case]["bytes of one"]
+def test_row_sharded_tables_move_as_on_one_device(results, case):
+    assert results[case]["distance"] < CLOSE
+    assert results[case]["bytes"] * DEVICES == results[case]["bytes on one device"]
 
 
 @pytest.mark.parametrize("case", TABLES)
-def test_devices_exchange_rows_and_never_tables(found, case):
-    """At most the rows that are touched, of weights and slots, in one piece."""
-    assert found[case]["program"]
-    assert max(size for _, size in found[case]["program"]) <= 2 * BATCH * D
-    assert not found[case]["holds a table"]
+def test_devices_exchange_rows_and_never_tables(results, case):
+    """The result of a collective is at most twice the size of a batch's rows."""
+    assert results[case]["collectives"]
+    assert max(size for _, size in results[case]["collectives"]) <= 2 * BATCH * D
+    assert not results[case]["holds a table"]
 
 
-def test_an_array_of_a_table_would_be_seen(found):
-    assert found["exact adamw"]["one holds a table"]
+def test_the_program_of_one_device_holds_a_table(results):
+    """So the test above would find a table in the program of several devices."""
+    assert results["exact adamw"]["one device holds a table"]
 
 
-def test_evaluation_exchanges_rows_and_never_tables(found):
-    assert found["evaluation"]["distance"] < 1e-6
-    assert found["evaluation"]["lags behind"] > 1e-3
-    assert found["evaluation"]["program"]
-    assert max(size for _, size in found["evaluation"]["program"]) <= 2 * BATCH * D
-    assert not found["evaluation"]["holds a table"]
+def test_evaluation_exchanges_rows_and_never_tables(results):
+    assert results["evaluation"]["distance"] < 1e-6
+    assert results["evaluation"]["lags behind"] > 1e-3
+    assert results["evaluation"]["collectives"]
+    assert max(size for _, size in results["evaluation"]["collectives"]) <= 2 * BATCH * D
+    assert not results["evaluation"]["holds a table"]
 
 
-def test_devices_flush_their_own_rows(found):
-    assert found["flush"]["program"] == []
-    assert found["flush"]["distance"] < 1e-6
+def test_devices_flush_their_own_rows(results):
+    assert results["flush"]["collectives"] == []
+    assert results["flush"]["distance"] < 1e-6
 
 
 @pytest.mark.parametrize("case", ["explicit exact", "explicit lazy"])
-def test_meshes_with_explicit_axes(found, case):
-    assert found[case]["distance"] < CLOSE
-    assert found[case]["specs"] == 3 * [["data"]]
+def test_tables_on_a_mesh_with_explicit_axes_move_as_on_one_device(results, case):
+    assert results[case]["distance"] < CLOSE
+    assert results[case]["specs"] == 3 * [["data"]]
 
 
 @pytest.mark.parametrize("loss", ["whole", "split", "all rows"])
-def test_any_loss_on_a_mesh_with_explicit_axes(found, loss):
-    """The table's gradient is an array there: all rows are brought up to date."""
-    assert found[f"explicit, {loss}"]["distance"] < CLOSE
+def test_any_loss_on_a_mesh_with_explicit_axes(results, loss):
+    """There the table's gradient is a dense array, so all rows catch up in each step."""
+    assert results[f"explicit, {loss}"]["distance"] < CLOSE
 
 
 @pytest.mark.parametrize("case", ["init", "explicit init", "explicit init without set_mesh"])
-def test_init_follows_the_parameters(found, case):
-    assert all(found[case].values()), found[case]
+def test_init_splits_slots_like_their_parameters(results, case):
+    assert all(results[case].values()), results[case]
 
 
-@pytest.mark.parametrize("case", ["plain", "exact rows", "of what jit makes", "host"])
-def test_a_jitted_init_reads_no_parameter(found, case):
-    """Slots are split like their parameters, but not computed from them: these are NaN or inf."""
-    if case == "host" and not PINNED:
-        pytest.skip("this platform has no pinned_host memory")
-    assert all(found["unread"][case].values()), found["unread"][case]
+@pytest.mark.parametrize("case", ["plain", "exact rows", "parameters made in jit", "host"])
+def test_a_jitted_init_reads_no_parameter(results, case):
+    """Slots are split like their parameters, but are zeros even if these are NaN or infinite."""
+    if case == "host" and not HAS_PINNED_HOST:
+        pytest.skip("no pinned_host memory, or an older XLA")
+    assert all(results["unread"][case].values()), results["unread"][case]
 
 
 @pytest.mark.parametrize(
     ("case", "m", "v"), [(case, m, v) for case, dtypes in NARROW.items() for m, v in dtypes]
 )
-def test_narrow_moments_are_the_same_bits_on_a_mesh(found, case, m, v):
-    """As their random bits are a hash of the step, the leaf and the element."""
-    assert all(found["narrow"][f"{case}, {m}, {v}"].values()), found["narrow"]
+def test_narrow_moments_are_the_same_bits_on_a_mesh(results, case, m, v):
+    """Their random bits are a hash of the step, the leaf and the element."""
+    assert all(results["narrow"][f"{case}, {m}, {v}"].values()), results["narrow"]
 
 
-@pytest.mark.skipif(not PINNED, reason="this platform has no pinned_host memory")
-def test_a_state_in_the_hosts_memory(found):
-    assert found["pinned"]["kinds"] == ["pinned_host"]
-    assert found["pinned"]["distance"] == 0
+@pytest.mark.skipif(not HAS_PINNED_HOST, reason="no pinned_host memory, or an older XLA")
+def test_a_state_in_the_memory_of_the_host_gives_the_same_parameters(results):
+    assert results["pinned"]["kinds"] == ["pinned_host"]
+    assert results["pinned"]["distance"] == 0
 
 
-# --- in one process, without several devices ------------------------------------------------------
+# --- tests in this process ------------------------------------------------------------------------
 
 
 def mesh_of(axes=("data",), **kinds):
@@ -172,7 +173,7 @@ def explicit_mesh():
     return mesh_of(axis_types=(jax.sharding.AxisType.Explicit,))
 
 
-def test_shardings_have_the_states_structure():
+def test_state_shardings_have_the_structure_of_the_state():
     mesh = mesh_of()
     split, columns = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P(None, "data"))
     params = {
@@ -187,7 +188,7 @@ def test_shardings_have_the_states_structure():
     state = jax.eval_shape(tx.init, params)
     assert jax.tree.structure(found) == jax.tree.structure(state)
     slots = adamjax.get_slot(found, "m")
-    # Without `None` at the end, as `jit` returns arrays.
+    # A spec has no `None` at the end, like those of the arrays that `jit` returns.
     assert slots == {"none": None, "table": NamedSharding(mesh, P("data")), "w": columns}
     assert found[0].last["table"].spec == P("data")
     assert found[0].clock.spec == P()
@@ -199,13 +200,13 @@ def test_a_wrong_axis_is_refused():
 
 
 def aux_loss(params, x):
-    """A mean of the batch with what one may want besides."""
+    """A loss that is a mean over the batch, with means and values of each example as `aux`."""
     y = x @ params["w"] + params["n"]
     return jnp.mean(y**2), {
         "mean": jnp.mean(y),
         "columns": jnp.mean(x, axis=0),
         "examples": y,
-        "right": (y > 0, jnp.outer(y, jnp.arange(3)).reshape(-1).astype(int)),
+        "of each example": (y > 0, jnp.outer(y, jnp.arange(3)).reshape(-1).astype(int)),
         "none": None,
     }
 
@@ -215,16 +216,16 @@ def aux_case():
     return params, rng().normal(size=(2 * 8, 8)).astype("f")
 
 
-def test_aux_is_that_of_the_whole_batch(found):
-    """Means are averaged over the devices; values of each example are joined, also integers."""
-    assert found["aux"]["distance"] < CLOSE
-    assert found["aux"]["same"]
-    # With 8 examples a device, and a dimension of size 8 that is not that of the batch.
-    assert found["aux"]["8 examples a device"]
+def test_aux_is_that_of_the_whole_batch(results):
+    """Means are averaged over the devices. Values of each example are concatenated."""
+    assert results["aux"]["distance"] < CLOSE
+    assert results["aux"]["same"]
+    # An array of size 8 is a mean, though each device has 8 examples.
+    assert results["aux"]["8 examples a device"]
 
 
 @pytest.mark.parametrize(
-    ("aux", "what"),
+    ("aux", "message"),
     [
         (lambda x: {"n": jnp.sum(x > 0)}, r"aux\['n'\] is int32\[\].*expected a float"),
         (lambda x: {"n": 3}, r"aux\['n'\] is int.*\[\].*expected a float"),
@@ -234,11 +235,11 @@ def test_aux_is_that_of_the_whole_batch(found):
         (lambda x: x.reshape(8, 8), "the loss is traced with twice the batch, which failed"),
     ],
 )
-def test_aux_that_is_of_each_device_is_refused(aux, what):
-    """Also where there is one device, so that it does not depend on their number."""
+def test_aux_that_devices_cannot_join_is_refused(aux, message):
+    """Also on one device, so that the number of devices makes no difference."""
     tx = adamjax.shard_state(adamjax.adam(0.1), mesh_of(), "data")
     gradient = tx.value_and_grad(lambda w, x: (jnp.mean(w * x), aux(x)), has_aux=True)
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises(ValueError, match=message):
         gradient(jnp.ones(8), jnp.ones((8 * jax.device_count(), 8)))
 
 
@@ -246,11 +247,11 @@ def test_leaves_that_are_no_floats_have_no_gradient():
     tx = adamjax.shard_state(adamjax.adam(0.1), mesh_of(), "data")
     params, x = aux_case()
     (value, aux), grads = tx.value_and_grad(aux_loss, has_aux=True)(params, x)
-    (expected, more), of_w = jax.value_and_grad(
+    (expected, expected_aux), of_w = jax.value_and_grad(
         lambda w: aux_loss({**params, "w": w}, x), has_aux=True
     )(params["w"])
     assert [grads["n"], grads["none"]] == [None, None]
-    assert distance((value, grads["w"], aux), (expected, of_w, more)) < CLOSE
+    assert distance((value, grads["w"], aux), (expected, of_w, expected_aux)) < CLOSE
     updates, _ = tx.update(grads, tx.init(params), params)
     assert adamjax.apply_updates(params, updates)["n"] == 3
 
@@ -269,7 +270,7 @@ def test_flush_without_a_mesh_is_refused():
         flush(jnp.ones((8, 2)), state)
 
 
-# --- in the process with several devices ----------------------------------------------------------
+# --- the results, from the process with several devices -------------------------------------------
 
 
 def rng():
@@ -277,28 +278,28 @@ def rng():
 
 
 def distance(a, b):
-    """The largest difference, divided by the largest number of its leaf."""
+    """The largest difference, relative to the largest number in the leaf of `b`."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    wide = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in pairs]
-    return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in wide)
+    pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in pairs]
+    return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in pairs)
 
 
 def bytes_held(tree, device=0):
-    """Bytes of all arrays that a device holds."""
+    """The bytes of a tree's arrays that a device holds."""
     shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
     return sum(s.data.nbytes for s in shards if s.device == jax.devices()[device])
 
 
-def exchanged(text):
-    """Each collective of a program, and the elements of each of its results."""
+def collectives(text):
+    """The kind of each collective of a program, and the number of elements of each result."""
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     found = []
     for results, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        found += [[kind, elements(x)] for x in re.findall(r"\w\[([\d,]*)\]", results)]
+        found += [[kind, num_elements(x)] for x in re.findall(r"\w\[([\d,]*)\]", results)]
     return sorted(found)
 
 
-def elements(dimensions):
+def num_elements(dimensions):
     return int(np.prod([int(n) for n in dimensions.split(",") if n]))
 
 
@@ -322,8 +323,8 @@ def replica_batches():
         yield r.normal(size=(BATCH, 16)).astype("f"), r.normal(size=BATCH).astype("f")
 
 
-def replicas(tx, placed=None, batch_sharding=None, gradient=None):
-    """Parameters and state after all steps, and the program of one."""
+def trained_replicas(tx, param_sharding=None, batch_sharding=None, gradient=None):
+    """`trained`, with the parameters and the batches of replicas."""
     gradient = gradient or jax.value_and_grad(replica_loss)
 
     def step(params, state, x, y):
@@ -331,20 +332,20 @@ def replicas(tx, placed=None, batch_sharding=None, gradient=None):
         updates, state = tx.update(grads, state, params)
         return adamjax.apply_updates(params, updates), state
 
-    params, shardings = jax.device_put(replica_params(), placed), None
-    if placed is not None:
-        state_shardings = adamjax.state_shardings(tx, params, placed.mesh)
-        shardings = jax.tree.map(lambda _: placed, params), state_shardings
+    params, shardings = jax.device_put(replica_params(), param_sharding), None
+    if param_sharding is not None:
+        state_shardings = adamjax.state_shardings(tx, params, param_sharding.mesh)
+        shardings = jax.tree.map(lambda _: param_sharding, params), state_shardings
     return trained(step, tx, params, shardings, batch_sharding, replica_batches())
 
 
 def trained(step, tx, params, shardings, batch_sharding, batches):
-    """Parameters and state after all steps, and the program of one."""
+    """Parameters and state after all steps, and the text of the compiled step."""
     state = jax.jit(tx.init, out_shardings=shardings and shardings[1])(params)
     step, batches = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings), list(batches)
     step = step.lower(params, state, *jax.device_put(batches[0], batch_sharding)).compile()
     for batch in batches:
-        # One at a time: devices that are threads wait for each other, and there are only so many.
+        # One step at a time: the devices are threads of a small pool, and wait for each other.
         batch = jax.device_put(batch, batch_sharding)
         params, state = jax.block_until_ready(step(params, state, *batch))
     return params, state, step.as_text()
@@ -354,41 +355,47 @@ def chained(tx):
     return adamjax.chain(adamjax.clip_by_global_norm(0.5), tx, adamjax.weight_ema(0.9))
 
 
-def all_replicas(mesh):
-    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+def replica_results(mesh):
+    replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     for name, make in RULES.items():
         if f"split {name}" not in REPLICAS:
             continue
         tx = chained(make())
-        one_params, one_state, _ = replicas(tx)
+        one_params, one_state, _ = trained_replicas(tx)
         expected = one_params, adamjax.averaged_weights(one_state)
         if f"whole {name}" in REPLICAS:
-            params, state, _ = replicas(tx, everywhere, split)
+            params, state, _ = trained_replicas(tx, replicated, split)
             whole = (params, adamjax.averaged_weights(state))
             yield f"whole {name}", {"distance": distance(whole, expected)}
         tx = adamjax.shard_state(tx, mesh, "data")
-        params, state, _ = replicas(tx, everywhere, split)
+        params, state, _ = trained_replicas(tx, replicated, split)
         yield (
             f"split {name}",
             {
                 "distance": distance((params, adamjax.averaged_weights(state)), expected),
                 "bytes": bytes_held(state),
-                "bytes of one": bytes_held(one_state),
-                "odd": sum(bytes_held(x) for x in jax.tree.leaves(state) if x.shape in ((), (5,))),
+                "bytes on one device": bytes_held(one_state),
+                "bytes of whole leaves": sum(
+                    bytes_held(x) for x in jax.tree.leaves(state) if x.shape in ((), (5,))
+                ),
             },
         )
         if name == "adam":
-            reduced = replicas(tx, everywhere, split, tx.value_and_grad(replica_loss))
+            reduced = trained_replicas(tx, replicated, split, tx.value_and_grad(replica_loss))
             yield (
                 "reduced",
-                {"distance": distance(reduced[0], one_params), "program": exchanged(reduced[2])},
+                {
+                    "distance": distance(reduced[0], one_params),
+                    "collectives": collectives(reduced[2]),
+                },
             )
-            if not PINNED:
+            if not HAS_PINNED_HOST:
                 continue
             pinned = tx.replace(memory_kind="pinned_host")
-            params_, state_, _ = replicas(pinned, everywhere, split)
-            kinds = {x.sharding.memory_kind for x in jax.tree.leaves(adamjax.get_slot(state_, "m"))}
-            yield "pinned", {"distance": distance(params_, params), "kinds": sorted(kinds)}
+            pinned_params, pinned_state, _ = trained_replicas(pinned, replicated, split)
+            m = jax.tree.leaves(adamjax.get_slot(pinned_state, "m"))
+            kinds = {x.sharding.memory_kind for x in m}
+            yield "pinned", {"distance": distance(pinned_params, params), "kinds": sorted(kinds)}
 
 
 def aux_results(mesh):
@@ -401,7 +408,7 @@ def aux_results(mesh):
     )(params, np.concatenate([x] * 4))[0]
     return {
         "distance": distance(found, expected),
-        "same": all(map(np.array_equal, found[1]["right"], expected[1]["right"])),
+        "same": all(map(np.array_equal, *(x[1]["of each example"] for x in (found, expected)))),
         "8 examples a device": [a.shape for a in eight] == [(64,), (8,)],
     }
 
@@ -420,12 +427,12 @@ def table_params():
 def table_batches():
     r = rng()
     for _ in range(STEPS):
-        # Frequent rows, and some that are read once in a while.
+        # Some rows are read often, others rarely.
         yield (V * r.random(BATCH) ** 8).astype("i"), r.normal(size=BATCH).astype("f")
 
 
-def table_loss(params, ids, y, **how):
-    rows = params["table"].at[ids].get(**how) if how else params["table"][ids]
+def table_loss(params, ids, y, **options):
+    rows = params["table"].at[ids].get(**options) if options else params["table"][ids]
     return jnp.mean((rows @ params["w"] - y) ** 2)
 
 
@@ -451,7 +458,7 @@ def table_step(mode, tx):
 
 
 def explicit_step(mode, tx):
-    """By rows that are read by hand, as reads of a split table must say how they are split."""
+    """With explicit reads: a read of a split table must set the sharding of its result."""
 
     def step(params, state, ids, y):
         extra = {}
@@ -473,8 +480,8 @@ def explicit_step(mode, tx):
     return step
 
 
-def tables(step, tx, mesh=None):
-    """Parameters and state after all steps, the program of one, and how they are split."""
+def trained_tables(step, tx, mesh=None):
+    """`trained`, with the parameters and batches of tables; and the shardings."""
     params, shardings, batch_sharding = table_params(), None, None
     if mesh is not None:
         split = batch_sharding = NamedSharding(mesh, P("data"))
@@ -486,9 +493,9 @@ def tables(step, tx, mesh=None):
 
 @functools.cache
 def on_one_device(mode, name):
-    """What `tables` gives, and all rows as they are after the last step."""
+    """Parameters, state, the text of the step, and the parameters with up-to-date rows."""
     tx = optimizer(mode, name)
-    params, state, text, _ = tables(table_step(mode, tx), tx)
+    params, state, text, _ = trained_tables(table_step(mode, tx), tx)
     return params, state, text, up_to_date(tx, mode, params, state)
 
 
@@ -502,28 +509,28 @@ def table_leaves(tree):
 
 
 def tables_have(state, sharding):
-    """Whether the state's leaves of `table_leaves` have a sharding."""
+    """Whether all `table_leaves` of the state have this sharding."""
     return all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in table_leaves(state))
 
 
-def all_tables(mesh):
+def table_results(mesh):
     for case in TABLES:
         mode, name = case.split()
         tx = optimizer(mode, name)
         step = table_step(mode, tx)
         one_params, one_state, one_text, expected = on_one_device(mode, name)
         with jax.set_mesh(mesh):
-            params, state, text, shardings = tables(step, tx, mesh)
+            params, state, text, shardings = trained_tables(step, tx, mesh)
         latest = up_to_date(tx, mode, params, state)
         yield (
             case,
             {
                 "distance": distance(latest, expected),
-                "program": exchanged(text),
+                "collectives": collectives(text),
                 "holds a table": f"[{V},{D}]" in text,
-                "one holds a table": f"[{V},{D}]" in one_text,
+                "one device holds a table": f"[{V},{D}]" in one_text,
                 "bytes": bytes_held(table_leaves((params, state))),
-                "bytes of one": bytes_held(table_leaves((one_params, one_state))),
+                "bytes on one device": bytes_held(table_leaves((one_params, one_state))),
             },
         )
         if case != "exact adamw":
@@ -536,7 +543,7 @@ def all_tables(mesh):
             "flush",
             {
                 "distance": distance(flushed, latest),
-                "program": exchanged(flush.as_text()),
+                "collectives": collectives(flush.as_text()),
             },
         )
         ids = jax.device_put(next(table_batches())[0], NamedSharding(mesh, P("data")))
@@ -550,34 +557,34 @@ def all_tables(mesh):
             {
                 "distance": distance(rows, wanted),
                 "lags behind": distance(np.asarray(params["table"])[np.asarray(ids)], wanted),
-                "program": exchanged(text),
+                "collectives": collectives(text),
                 "holds a table": f"[{V},{D}]" in text,
             },
         )
 
 
-def explicit_cases():
+def explicit_results():
     mesh = explicit_mesh()
     for case in ("explicit exact", "explicit lazy"):
         mode = case.split()[1]
         tx = optimizer(mode, "adamw")
         *_, expected = on_one_device(mode, "adamw")
         with jax.set_mesh(mesh):
-            params, state, *_ = tables(explicit_step(mode, tx), tx, mesh)
-            # As their rows are known to be split, each device flushes its own.
-            params_, state = tx.flush(params, state) if mode == "exact" else (params, state)
+            params, state, *_ = trained_tables(explicit_step(mode, tx), tx, mesh)
+            # With explicit axes, `flush` knows how rows are split without an argument `axis`.
+            flushed, state = tx.flush(params, state) if mode == "exact" else (params, state)
         slots = [adamjax.get_slot(state, name) for name in ("m", "v")]
         yield (
             case,
             {
-                "distance": distance(params_, expected),
-                "specs": [list(tree["table"].sharding.spec)[:1] for tree in (params_, *slots)],
+                "distance": distance(flushed, expected),
+                "specs": [list(tree["table"].sharding.spec)[:1] for tree in (flushed, *slots)],
             },
         )
 
 
 def split_losses():
-    """A loss by name, with indices and values split over the mesh or not."""
+    """By name, a loss, and the spec of its indices and targets."""
 
     def rows(spec):
         return functools.partial(table_loss, out_sharding=spec)
@@ -592,8 +599,8 @@ def split_losses():
     }
 
 
-def explicit_losses():
-    """`train_step` on a mesh with explicit axes, where the table's gradient is an array."""
+def explicit_loss_results():
+    """`train_step` on a mesh with explicit axes and on one device."""
     mesh = explicit_mesh()
     table = NamedSharding(mesh, P("data"))
     tx = adamjax.exact_rows(adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.9)), "table")
@@ -618,7 +625,7 @@ def explicit_losses():
 
 
 def init_results(mesh):
-    """Whether each kind of `init` gives every slot the sharding of its parameter."""
+    """Whether each kind of `init` makes slots with the shardings of their parameters."""
     split = NamedSharding(mesh, P("data"))
     params = jax.device_put(table_params(), {"table": split, "w": NamedSharding(mesh, P())})
     shapes = jax.tree.map(
@@ -626,29 +633,29 @@ def init_results(mesh):
     )
     tx = chained(adamjax.amsgrad(0.1))
     exact = adamjax.exact_rows(adamjax.chain(adamjax.adam(0.1)), "table")
-    rows = adamjax.accumulate_gradients(tx, 2)
+    accumulating = adamjax.accumulate_gradients(tx, 2)
     made = {
-        "as it is": tx.init(params),
+        "not jitted": tx.init(params),
         "jitted": jax.jit(tx.init)(params),
         "exact rows": exact.init(params),
         "exact rows, jitted": jax.jit(exact.init)(params),
-        "accumulating, jitted": jax.jit(rows.init)(params),
-        "by shardings": jax.jit(tx.init, out_shardings=adamjax.state_shardings(tx, params, mesh))(
+        "accumulating, jitted": jax.jit(accumulating.init)(params),
+        "out_shardings": jax.jit(tx.init, out_shardings=adamjax.state_shardings(tx, params, mesh))(
             params
         ),
+        "shapes": exact.init(shapes),
     }
-    made["of shapes"] = exact.init(shapes)
     return {name: tables_have(state, split) for name, state in made.items()}
 
 
 def init_results_without_set_mesh(mesh):
-    """Whether `init` does so on a mesh with explicit axes if `jax.set_mesh` is not called."""
+    """The same on a mesh with explicit axes, without `jax.set_mesh`."""
     split = NamedSharding(mesh, P("data"))
     params = {"table": jax.device_put(table_params()["table"], split)}
     adam = adamjax.adam(0.1)
     exact = adamjax.exact_rows(adam, "table")
     made = {
-        "as it is": adam.init(params),
+        "not jitted": adam.init(params),
         "exact rows": exact.init(params),
         "from dense": exact.from_dense(adam.init(params), params),
         "8 bits": adamjax.adam(0.1, m_dtype="scaled8", v_dtype="scaled8").init(params),
@@ -657,10 +664,13 @@ def init_results_without_set_mesh(mesh):
 
 
 def unread_results(mesh):
-    """What jitted `init`s make of parameters that are not finite, and whether they read them."""
+    """Whether jitted `init`s make zeros, split like parameters, and read no parameter.
+
+    The parameters are not finite.
+    """
     split = NamedSharding(mesh, P("data"))
-    odd = [(jnp.nan, jnp.float32), (jnp.inf, jnp.bfloat16), (jnp.nan, jnp.complex64)]
-    params = [jax.device_put(jnp.full((V, D), x, dtype), split) for x, dtype in odd]
+    kinds = [(jnp.nan, jnp.float32), (jnp.inf, jnp.bfloat16), (jnp.nan, jnp.complex64)]
+    params = [jax.device_put(jnp.full((V, D), x, dtype), split) for x, dtype in kinds]
     adam = adamjax.adam(0.1)
     exact = adamjax.exact_rows(adam, "t")
 
@@ -677,18 +687,18 @@ def unread_results(mesh):
         read = [x for x in names if re.search(rf"[(, ]{re.escape(x)}[,)]", entry)]
         return {**zero_and_split(compiled(params)), "unread": bool(names) and not read}
 
-    def made(key):
+    def table_and_state(key):
         table = jax.random.normal(key, (V, D))
         return table, adam.init(table)
 
     found = {
         "plain": case(adam.init, params),
         "exact rows": case(exact.init, {"t": params[0]}),
-        "of what jit makes": zero_and_split(
-            jax.jit(made, out_shardings=(split, None))(jax.random.key(0))[1]
+        "parameters made in jit": zero_and_split(
+            jax.jit(table_and_state, out_shardings=(split, None))(jax.random.key(0))[1]
         ),
     }
-    if PINNED:
+    if HAS_PINNED_HOST:
         host = split.with_memory_kind("pinned_host")
         found["host"] = case(adam.init, jax.device_put(params, host))
     return found
@@ -698,7 +708,7 @@ def unread_results(mesh):
 
 
 def narrow_steps(tx, params, put=lambda x: x, shardings=None):
-    """Parameters and state after some steps with the same gradients on any devices.
+    """Parameters and state after five steps, whose gradients do not depend on the devices.
 
     Args:
       put: puts a gradient onto the devices.
@@ -742,7 +752,7 @@ def narrow_case(mesh, name, m, v):
     master = adamjax.master_weights(tx)
     sharded_master = adamjax.shard_state(master, mesh, "data")
     exact = adamjax.exact_rows(tx, "t")
-    # The transform on one device, that on the mesh, the parameters and their sharding on the mesh.
+    # The transforms on one device and on the mesh; the parameters and their sharding on the mesh.
     one_tx, many_tx, params, split = {
         "split": (tx, tx, params, rows),
         "columns": (tx, tx, matrices, columns),
@@ -761,12 +771,12 @@ def narrow_case(mesh, name, m, v):
     many_params, many_state = narrow_steps(
         many_tx, placed, lambda x: jax.device_put(x, split), shardings
     )
-    spread = [x for x in jax.tree.leaves(many_state) if x.size >= DEVICES and x.ndim]
-    held = [len({str(s.index) for s in x.addressable_shards}) for x in spread]
+    large = [x for x in jax.tree.leaves(many_state) if x.size >= DEVICES and x.ndim]
+    num_parts = [len({str(s.index) for s in x.addressable_shards}) for x in large]
     return {
         "state": same_bits(many_state, one_state),
         "params": same_bits(many_params, one_params),
-        "split": max(held) == DEVICES,
+        "split": max(num_parts) == DEVICES,
     }
 
 
@@ -776,21 +786,21 @@ def narrow_results(mesh):
         for m, v in dtypes:
             if case.startswith("explicit"):
                 with jax.set_mesh(explicit):
-                    one = narrow_case(explicit, case.removeprefix("explicit "), m, v)
+                    result = narrow_case(explicit, case.removeprefix("explicit "), m, v)
             else:
-                one = narrow_case(mesh, case, m, v)
-            found[f"{case}, {m}, {v}"] = one
+                result = narrow_case(mesh, case, m, v)
+            found[f"{case}, {m}, {v}"] = result
     return found
 
 
 def main():
     mesh = mesh_of()
-    cases = dict(all_replicas(mesh)) | dict(all_tables(mesh)) | {"init": init_results(mesh)}
+    cases = dict(replica_results(mesh)) | dict(table_results(mesh)) | {"init": init_results(mesh)}
     cases["aux"] = aux_results(mesh)
     cases["unread"] = unread_results(mesh)
     cases["narrow"] = narrow_results(mesh)
     explicit = explicit_mesh()
-    cases |= dict(explicit_cases()) | dict(explicit_losses())
+    cases |= dict(explicit_results()) | dict(explicit_loss_results())
     with jax.set_mesh(explicit):
         cases["explicit init"] = init_results(explicit)
     cases["explicit init without set_mesh"] = init_results_without_set_mesh(explicit)
@@ -827,7 +837,7 @@ with jax.set_mesh(mesh):
 
 
 def test_an_array_that_was_donated_under_a_mesh_is_an_error():
-    """JAX 0.10 crashes there."""
+    """Without this error, JAX 0.10 crashes."""
     printed = run_on_devices(DEVICES, DONATED_TWICE)
     assert "train_step: params['w'] is deleted, as a step that donates" in printed
     assert "train_step: params['z'] is the same array as params['w']" in printed
@@ -854,11 +864,11 @@ for tx in (adamw, adamjax.skip_not_finite(adamw), adamjax.accumulate_gradients(a
     for init in (tx.init, jax.jit(tx.init)):
         params, state = jax.tree.map(jnp.copy, start), init(start)
         step = adamjax.train_step(loss_fn, tx)
-        of_each = [shapes(params, state)]
+        found = [shapes(params, state)]
         for _ in range(2):
             params, state, _ = step(params, state, jnp.ones((32, 512)))
-            of_each.append(shapes(params, state))
-        assert of_each == [[(512, 64), *[(64, 64)] * 3]] * 3, (tx, init, of_each)
+            found.append(shapes(params, state))
+        assert found == [[(512, 64), *[(64, 64)] * 3]] * 3, (tx, init, found)
 """
 
 
@@ -912,7 +922,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
     except ValueError as error:
         assert "tx moves an element of 'a'" in str(error)
     else:
-        raise AssertionError("another rate was taken")
+        raise AssertionError("a tx with another rate was accepted")
 """
 
 
@@ -924,13 +934,13 @@ def test_the_step_of_a_state_from_jit_compiles_once():
     run_on_devices(DEVICES, ONE_PROGRAM)
 
 
-GUARDED = """
+GUARDS_ON_MESHES = """
 import jax, jax.numpy as jnp, numpy as np, adamjax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 start = {"table": jnp.ones((8, 2)), "w": jnp.ones((4, 2))}
-lazy = adamjax.accumulate_gradients(adamjax.adamw(0.1, rows="lazy"), 2, {"table": 8})
-tx = adamjax.skip_not_finite(lazy)
+accumulating = adamjax.accumulate_gradients(adamjax.adamw(0.1, rows="lazy"), 2, {"table": 8})
+tx = adamjax.skip_not_finite(accumulating)
 
 def after_four_calls(params, dense):
     state, update = tx.init(params), jax.jit(tx.update)
@@ -959,6 +969,6 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 
 
 @pytest.mark.slow
-def test_guards_on_meshes_take_rows_and_dense_gradients():
-    """Also where the axes are explicit: then a call without a step must return the same types."""
-    run_on_devices(2, GUARDED)
+def test_guards_on_meshes_accept_row_gradients_and_dense_ones():
+    """Explicit axes are part of types, and a call without a step must return the same types."""
+    run_on_devices(2, GUARDS_ON_MESHES)
