@@ -18,10 +18,18 @@ import optax
 import adamjax
 from adamjax import convert
 
+# --- runs that change their optimizer -------------------------------------------------------------
+
+
 BEFORE, AFTER = 10, 20
+
+
 RATE = 0.0625  # a float32, as which Keras keeps it
 
+
 SHAPES = {"embed": {"table": (6, 3)}, "head": {"bias": (4,), "kernel": (3, 4)}}
+
+
 PATHS = ["embed/table", "head/bias", "head/kernel"]
 
 
@@ -70,10 +78,52 @@ def ours_taken(tx, params, state, noises):
     return taken(tx, params, state, noises, adamjax.apply_updates)
 
 
-@functools.cache
-def pair(name):
-    """The transforms of this name, the same each time: compiled once."""
-    return tuple(make() for make in OPTAX[name])
+def rows_of(step):
+    """Two rows a step, four of six in all: two are never touched again."""
+    return np.array([step % 3, 3])
+
+
+def touched(step):
+    flags = np.zeros((6, 1))
+    flags[rows_of(step)] = 1
+    return flags
+
+
+def only_rows(tree, step):
+    return {**tree, "embed": {"table": tree["embed"]["table"] * touched(step)}}
+
+
+def exact_taken(tx, params, state, noises):
+    @jax.jit
+    def taken(params, state, ids, n):
+        rows, ticket = tx.prepare(params, state, {"embed": ids})
+        table = gradient(rows["embed"], n["embed"]["table"][ids])
+        grads = {
+            "embed": {"table": adamjax.row_gradient(ids, table, 6)},
+            "head": jax.tree.map(gradient, params["head"], n["head"]),
+        }
+        updates, state = tx.update(grads, state, params, ticket=ticket)
+        return adamjax.apply_updates(params, updates), state
+
+    for step, n in enumerate(noises):
+        params, state = taken(params, state, jnp.asarray(rows_of(step)), n)
+    return jax.jit(tx.flush)(params, state)
+
+
+def dense_taken(tx, params, state, noises):
+    @jax.jit
+    def taken(params, state, flags, n):
+        grads = jax.tree.map(gradient, params, n)
+        grads = {**grads, "embed": {"table": grads["embed"]["table"] * flags}}
+        updates, state = tx.update(grads, state, params)
+        return adamjax.apply_updates(params, updates), state
+
+    for step, n in enumerate(noises):
+        params, state = taken(params, state, touched(step), n)
+    return params, state
+
+
+# --- transforms of optax and of adamjax with the same steps ---------------------------------------
 
 
 def falling(count):
@@ -88,15 +138,15 @@ def is_embed(tree):
     return jax.tree.map(lambda flag: not flag, is_head(tree))
 
 
+def labels(tree):
+    return {"embed": {"table": "rows"}, "head": {"bias": "rest", "kernel": "rest"}}
+
+
 def micro_batches(tx, steps=4):
     # By default newer versions accumulate in float32, older ones in the dtype of the parameters.
     known = "accumulator_dtype" in inspect.signature(optax.MultiSteps.__init__).parameters
     kept = {"accumulator_dtype": np.float64} if known else {}
     return optax.MultiSteps(tx, steps, **kept).gradient_transformation()
-
-
-def labels(tree):
-    return {"embed": {"table": "rows"}, "head": {"bias": "rest", "kernel": "rest"}}
 
 
 OPTAX = {
@@ -199,52 +249,34 @@ OPTAX = {
 }
 
 
-def rows_of(step):
-    """Two rows a step, four of six in all: two are never touched again."""
-    return np.array([step % 3, 3])
+@functools.cache
+def pair(name):
+    """The transforms of this name, the same each time: compiled once."""
+    return tuple(make() for make in OPTAX[name])
 
 
-def touched(step):
-    flags = np.zeros((6, 1))
-    flags[rows_of(step)] = 1
-    return flags
-
-
-def only_rows(tree, step):
-    return {**tree, "embed": {"table": tree["embed"]["table"] * touched(step)}}
-
-
-def exact_taken(tx, params, state, noises):
-    @jax.jit
-    def taken(params, state, ids, n):
-        rows, ticket = tx.prepare(params, state, {"embed": ids})
-        table = gradient(rows["embed"], n["embed"]["table"][ids])
-        grads = {
-            "embed": {"table": adamjax.row_gradient(ids, table, 6)},
-            "head": jax.tree.map(gradient, params["head"], n["head"]),
-        }
-        updates, state = tx.update(grads, state, params, ticket=ticket)
-        return adamjax.apply_updates(params, updates), state
-
-    for step, n in enumerate(noises):
-        params, state = taken(params, state, jnp.asarray(rows_of(step)), n)
-    return jax.jit(tx.flush)(params, state)
-
-
-def dense_taken(tx, params, state, noises):
-    @jax.jit
-    def taken(params, state, flags, n):
-        grads = jax.tree.map(gradient, params, n)
-        grads = {**grads, "embed": {"table": grads["embed"]["table"] * flags}}
-        updates, state = tx.update(grads, state, params)
-        return adamjax.apply_updates(params, updates), state
-
-    for step, n in enumerate(noises):
-        params, state = taken(params, state, touched(step), n)
-    return params, state
+# --- transforms and states of optax ---------------------------------------------------------------
 
 
 OLD = optax.adam(RATE)
+
+
+ADAM = adamjax.adam(RATE, eps=1e-8)
+
+
+def adam_like_optax(rate=0.1):
+    return adamjax.adam(rate, eps=1e-8)
+
+
+FALLS = adamjax.exponential_decay(0.1, 3, 0.5)
+
+
+def plateau(factor):
+    return optax.contrib.reduce_on_plateau(
+        factor=factor, patience=0, cooldown=0, accumulation_size=1
+    )
+
+
 PARAMS = {"a": np.ones(2, np.float32), "b": np.ones(3, np.float32)}
 
 
@@ -253,12 +285,23 @@ def old_state(params=None, tx=OLD, count=1):
     return jax.tree.map(lambda x: x + count if x.dtype == jnp.int32 else x, state)
 
 
-def torch_state(group=(), **held):
-    kept = {"step": 1.0, "exp_avg": PARAMS["a"], "exp_avg_sq": PARAMS["a"], **held}
-    other = {"step": 1.0, "exp_avg": PARAMS["b"], "exp_avg_sq": PARAMS["b"]}
-    groups = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8}
-    groups |= {"weight_decay": 0, "amsgrad": False, "decoupled_weight_decay": False, **dict(group)}
-    return {"state": {0: kept, 1: other}, "param_groups": [groups]}
+TWO = {"a": jnp.ones(3), "b": jnp.ones((2, 3))}
+LABELS = {"a": "x", "b": "y"}
+
+
+def steps_of(tx, n, params=None, **extra_args):
+    """The state after n steps."""
+    params = TWO if params is None else params
+    state = tx.init(params)
+    for _ in range(n):
+        _, state = tx.update(params, state, params, **extra_args)
+    return state
+
+
+MOVES = "tx moves an element"
+
+
+# --- variables of Keras ---------------------------------------------------------------------------
 
 
 def keras_pairs(extra=()):
@@ -274,6 +317,47 @@ def numbered_keras(shapes):
     return {str(i): x for i, x in enumerate([np.array(1), np.float32(RATE), *slots])}
 
 
+def keras_layers(names, prefix="adam"):
+    """Variables of as many leaves of one shape, their moments the number of each."""
+    pairs = [(f"{prefix}/iteration", np.array(1)), (f"{prefix}/learning_rate", np.float32(RATE))]
+    for i, name in enumerate(names):
+        x = np.full(2, i + 1, np.float32)
+        pairs += [(f"{prefix}/{name}_momentum", x), (f"{prefix}/{name}_velocity", x)]
+    return pairs
+
+
+NAMED = [
+    ("adam/iteration", np.array(7)),
+    ("adam/learning_rate", np.array(0.1)),
+    ("adam/w_momentum", np.full(2, 0.5)),
+    ("adam/w_velocity", np.ones(2)),
+]
+
+
+KERAS_PARAMS = {"v0": jnp.ones(3), "v1": jnp.ones(3)}
+
+
+KERAS_RULE = adamjax.scale_by_adam(eps_hat=1e-7)
+
+
+def keras_adam(keras, count=0, cls="Adam", variables=None, **options):
+    optimizer = getattr(keras.optimizers, cls)(0.1, **options)
+    optimizer.build(variables or [keras.Variable(np.ones(3), name=name) for name in ("v0", "v1")])
+    optimizer._iterations.assign(count)
+    return optimizer
+
+
+# --- state dicts of torch -------------------------------------------------------------------------
+
+
+def torch_state(group=(), **held):
+    kept = {"step": 1.0, "exp_avg": PARAMS["a"], "exp_avg_sq": PARAMS["a"], **held}
+    other = {"step": 1.0, "exp_avg": PARAMS["b"], "exp_avg_sq": PARAMS["b"]}
+    groups = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8}
+    groups |= {"weight_decay": 0, "amsgrad": False, "decoupled_weight_decay": False, **dict(group)}
+    return {"state": {0: kept, 1: other}, "param_groups": [groups]}
+
+
 def numbered_torch(shapes):
     """The same of torch."""
     state = {
@@ -284,39 +368,11 @@ def numbered_torch(shapes):
     return {"state": state, "param_groups": [{**group, "params": list(state)}]}
 
 
-def keras_layers(names, prefix="adam"):
-    """Variables of as many leaves of one shape, their moments the number of each."""
-    pairs = [(f"{prefix}/iteration", np.array(1)), (f"{prefix}/learning_rate", np.float32(RATE))]
-    for i, name in enumerate(names):
-        x = np.full(2, i + 1, np.float32)
-        pairs += [(f"{prefix}/{name}_momentum", x), (f"{prefix}/{name}_velocity", x)]
-    return pairs
-
-
 def plain_dict():
     leaf_state = {"step": 7, "exp_avg": np.full(2, 0.5, "f"), "exp_avg_sq": np.ones(2, "f")}
     group = {"params": [0, 1], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
     group |= {"weight_decay": 0, "amsgrad": False}
     return {"state": {0: leaf_state, 1: dict(leaf_state)}, "param_groups": [group]}
-
-
-def conversions(tx, params, others=None):
-    """Every conversion from and to a state of a transform, perhaps with other parameters."""
-    state, old = tx.init(params), OLD.init(params)
-    params = params if others is None else others
-    keras = [(name, np.zeros_like(x)) for name, x in keras_pairs()]
-    torch = {**torch_state(), "state": {}}
-    return {
-        "from_optax": lambda: convert.from_optax(old, tx, params, OLD),
-        "from_keras": lambda: convert.from_keras(keras, tx, params),
-        "from_torch": lambda: convert.from_torch(torch, tx, params),
-        "to_optax": lambda: convert.to_optax(state, tx, params, OLD),
-        "to_keras": lambda: convert.to_keras(state, tx, params, keras),
-        "to_torch": lambda: convert.to_torch(state, tx, params, torch, order=sorted(params)),
-    }
-
-
-ADAM = adamjax.adam(RATE, eps=1e-8)
 
 
 def fresh_torch(names=None):
@@ -339,43 +395,6 @@ def torch_after_a_step(*shapes):
     return target
 
 
-FALLS = adamjax.exponential_decay(0.1, 3, 0.5)
-TWO = {"a": jnp.ones(3), "b": jnp.ones((2, 3))}
-
-
-def adam_like_optax(rate=0.1):
-    return adamjax.adam(rate, eps=1e-8)
-
-
-def steps_of(tx, n, params=None, **extra_args):
-    """The state after n steps."""
-    params = TWO if params is None else params
-    state = tx.init(params)
-    for _ in range(n):
-        _, state = tx.update(params, state, params, **extra_args)
-    return state
-
-
-MOVES = "tx moves an element"
-
-
-def plateau(factor):
-    return optax.contrib.reduce_on_plateau(
-        factor=factor, patience=0, cooldown=0, accumulation_size=1
-    )
-
-
-def keras_adam(keras, count=0, cls="Adam", variables=None, **options):
-    optimizer = getattr(keras.optimizers, cls)(0.1, **options)
-    optimizer.build(variables or [keras.Variable(np.ones(3), name=name) for name in ("v0", "v1")])
-    optimizer._iterations.assign(count)
-    return optimizer
-
-
-KERAS_PARAMS = {"v0": jnp.ones(3), "v1": jnp.ones(3)}
-KERAS_RULE = adamjax.scale_by_adam(eps_hat=1e-7)
-
-
 def torch_of(arrays, names=None, **options):
     """The state dict of an Adam whose moments are these arrays."""
     group = {"params": list(range(len(arrays))), "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
@@ -387,9 +406,20 @@ def torch_of(arrays, names=None, **options):
     }
 
 
-NAMED = [
-    ("adam/iteration", np.array(7)),
-    ("adam/learning_rate", np.array(0.1)),
-    ("adam/w_momentum", np.full(2, 0.5)),
-    ("adam/w_velocity", np.ones(2)),
-]
+# --- all systems ----------------------------------------------------------------------------------
+
+
+def conversions(tx, params, others=None):
+    """Every conversion from and to a state of a transform, perhaps with other parameters."""
+    state, old = tx.init(params), OLD.init(params)
+    params = params if others is None else others
+    keras = [(name, np.zeros_like(x)) for name, x in keras_pairs()]
+    torch = {**torch_state(), "state": {}}
+    return {
+        "from_optax": lambda: convert.from_optax(old, tx, params, OLD),
+        "from_keras": lambda: convert.from_keras(keras, tx, params),
+        "from_torch": lambda: convert.from_torch(torch, tx, params),
+        "to_optax": lambda: convert.to_optax(state, tx, params, OLD),
+        "to_keras": lambda: convert.to_keras(state, tx, params, keras),
+        "to_torch": lambda: convert.to_torch(state, tx, params, torch, order=sorted(params)),
+    }

@@ -15,6 +15,7 @@ from conversions import (
     OLD,
     PARAMS,
     RATE,
+    TWO,
     adam_like_optax,
     conversions,
     keras_adam,
@@ -35,6 +36,21 @@ import adamjax
 from adamjax import convert
 from adamjax.data import transform_state
 from adamjax.transform import Rule, Transform
+
+# --- what is converted ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_nothing_is_imported():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, adamjax, adamjax.convert;"
+        "print([m for m in ('optax', 'keras', 'torch', 'tensorflow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_converted_arrays_are_copies():
@@ -64,6 +80,146 @@ def test_check_false_takes_the_arrays_all_the_same():
         old_state(tx=optax.amsgrad(RATE)), adamjax.amsgrad(RATE), params, check=False
     )
     assert adamjax.slot_names(state) == ("m", "v", "v_max")
+
+
+def test_master_weights_are_converted_as_parameters():
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
+    tx, new = adamjax.master_weights(ADAM), OLD.init(jax.tree.map(jnp.asarray, PARAMS))
+    state = tx.init(params)
+    for call in (
+        lambda: convert.from_optax(new, tx, params, OLD),
+        lambda: convert.to_optax(state, tx, params, OLD),
+    ):
+        with pytest.raises(ValueError, match="Convert the inner state with the float32 weights"):
+            call()
+    assert_same(convert.to_optax(state.inner, tx.tx, state.weights, OLD), new)
+    assert_same(convert.from_optax(new, tx.tx, state.weights, OLD), state.inner)
+
+
+def test_an_average_is_not_dropped():
+    tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5, overwrite_frequency=3))
+    state = tx.init(TWO)
+    message = r"sets the weights to their average, and the other system has no average"
+    with pytest.raises(ValueError, match=f"to_optax: .*{message}"):
+        convert.to_optax(state, tx, TWO, optax.adam(0.1))
+    group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
+    group |= {"weight_decay": 0, "amsgrad": False}
+    kept = {"state": {}, "param_groups": [group]}
+    with pytest.raises(ValueError, match=f"to_torch: .*{message}"):
+        convert.to_torch(tx.init(TWO["a"]), tx, TWO["a"], kept)
+    tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5))
+    with pytest.raises(ValueError, match=r"to_torch: the state has an average of the weights"):
+        convert.to_torch(tx.init(TWO["a"]), tx, TWO["a"], kept)
+    convert.to_torch(tx.init(TWO["a"]), tx, TWO["a"], kept, check=False)
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+class TensorOfTensorflow:
+    dtype, shape = "tf.float32", (2,)
+
+    def numpy(self):
+        raise AssertionError("not asked")
+
+
+@pytest.mark.parametrize("kind", ["torch", "tensorflow", "text"])
+def test_parameters_that_are_no_arrays_are_refused(kind):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    leaf, mend = {
+        "torch": (lambda: pytest.importorskip("torch").ones(2), r"asarray\(x.detach"),
+        "tensorflow": (TensorOfTensorflow, r"asarray\(x.numpy"),
+        "text": (lambda: "text", "give only the arrays of a model"),
+    }[kind]
+    others = {**params, "a": leaf()}
+    for conversion, call in conversions(ADAM, params, others).items():
+        message = f"{conversion}: the leaf 'a' is a .*, expected an array of JAX or NumPy: .*{mend}"
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_two_leaves_with_one_path_are_refused():
+    params = {"a/b": jnp.ones(2), "a": {"b": 2 * jnp.ones(2)}}
+    old = optax.adam(0.1)
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
+        convert.from_optax(old.init(params), adamjax.adam(0.1, eps=1e-8), params, old)
+
+
+@pytest.mark.parametrize("rtol", [-1.0, float("nan"), "1"])
+def test_an_rtol_that_is_none_is_refused(rtol):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    theirs = optax.amsgrad(RATE)
+    state = old_state(tx=theirs)
+    with pytest.raises(ValueError, match=f"rtol is {rtol!r}"):
+        convert.from_optax(state, adamjax.amsgrad(RATE, eps=1e-8), params, theirs, rtol=rtol)
+
+
+NO_ORDERS = [
+    *(3, "w", b"w", {"w": 0}, object(), {"w", "z"}, frozenset("wz"), iter("wz")),
+    (jnp.zeros(2), jnp.zeros(2)),
+]
+
+
+@pytest.mark.parametrize("order", NO_ORDERS, ids=lambda order: type(order).__name__)
+def test_an_order_that_is_no_list_is_refused(order):
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
+    with pytest.raises(
+        TypeError, match=r"from_torch: order (is|has) .*expected (a list of )?paths"
+    ):
+        convert.from_torch(plain_dict(), tx, params, order=order)
+    with pytest.raises(
+        TypeError, match=r"from_keras: order (is|has) .*expected (a list of )?paths"
+    ):
+        convert.from_keras([np.array(1)], adamjax.adam(0.1), params, order=order)
+
+
+def test_what_has_an_order_is_an_order():
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
+    order = ["w", "z"]
+    expected = convert.from_torch(plain_dict(), tx, params, order=order)
+    for given in (tuple(order), np.array(order), params.keys(), {0: "w", 1: "z"}.values()):
+        assert_same(convert.from_torch(plain_dict(), tx, params, order=given), expected)
+
+
+def test_a_state_dict_of_torch_is_not_taken_for_variables_of_keras():
+    state_dict = {"state": {}, "param_groups": []}
+    with pytest.raises(TypeError, match=r"got a state dict of torch.*from_torch converts it"):
+        convert.from_keras(state_dict, adamjax.adam(0.1), {"w": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 2, 5), (3, 4, 2, 5), (3, 4, 6, 2, 5)], ids=str)
+def test_the_adapt_that_errors_recommend_inverts_itself(shape):
+    """From the dimensions of torch to those of a kernel, and back, whatever the rank."""
+    tx, (*window, n_in, n_out) = adamjax.adam(0.1, eps=1e-8), shape
+    params = {"kernel": jnp.ones(shape)}
+    target = torch_after_a_step((n_out, n_in, *window))
+    weights, adam = {"weight": jnp.ones((n_out, n_in, *window))}, adamjax.adam(RATE)
+    variables, recommended = numbered_keras([shape]), {}
+    for name, call in {
+        "from_torch": lambda adapt: convert.from_torch(target, tx, params, adapt=adapt),
+        "to_torch": lambda adapt: convert.to_torch(
+            tx.init(params), tx, params, target, adapt=adapt
+        ),
+        "from_keras": lambda adapt: convert.from_keras(variables, adam, weights, adapt=adapt),
+        "to_keras": lambda adapt: convert.to_keras(
+            adam.init(weights), adam, weights, variables, adapt=adapt
+        ),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name}: adapt is 3 ") as caught:
+            call(3)
+        text = str(caught.value)
+        recommended[name] = eval(text[text.index("lambda") :])  # a text of our own
+        call(recommended[name])
+    x = np.arange(np.prod(shape)).reshape(shape)
+    for there, back, leaf in (
+        ("to_torch", "from_torch", "kernel"),
+        ("from_keras", "to_keras", "weight"),
+    ):
+        again = recommended[back](leaf, recommended[there](leaf, x))
+        np.testing.assert_array_equal(again, x)
+
+
+# --- the order of parameters without names --------------------------------------------------------
 
 
 @pytest.mark.parametrize("system", ["keras", "torch"])
@@ -134,58 +290,7 @@ def test_keys_that_are_numbers_are_places(form, check):
             assert_same(written, variables)
 
 
-@pytest.mark.slow
-def test_nothing_is_imported():
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, adamjax, adamjax.convert;"
-        "print([m for m in ('optax', 'keras', 'torch', 'tensorflow') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_two_leaves_with_one_path_are_refused():
-    params = {"a/b": jnp.ones(2), "a": {"b": 2 * jnp.ones(2)}}
-    old = optax.adam(0.1)
-    with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
-        convert.from_optax(old.init(params), adamjax.adam(0.1, eps=1e-8), params, old)
-
-
-@pytest.mark.parametrize("rtol", [-1.0, float("nan"), "1"])
-def test_an_rtol_that_is_none_is_refused(rtol):
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    theirs = optax.amsgrad(RATE)
-    state = old_state(tx=theirs)
-    with pytest.raises(ValueError, match=f"rtol is {rtol!r}"):
-        convert.from_optax(state, adamjax.amsgrad(RATE, eps=1e-8), params, theirs, rtol=rtol)
-
-
-NO_ORDERS = [
-    *(3, "w", b"w", {"w": 0}, object(), {"w", "z"}, frozenset("wz"), iter("wz")),
-    (jnp.zeros(2), jnp.zeros(2)),
-]
-
-
-@pytest.mark.parametrize("order", NO_ORDERS, ids=lambda order: type(order).__name__)
-def test_an_order_that_is_no_list_is_refused(order):
-    tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
-    with pytest.raises(
-        TypeError, match=r"from_torch: order (is|has) .*expected (a list of )?paths"
-    ):
-        convert.from_torch(plain_dict(), tx, params, order=order)
-    with pytest.raises(
-        TypeError, match=r"from_keras: order (is|has) .*expected (a list of )?paths"
-    ):
-        convert.from_keras([np.array(1)], adamjax.adam(0.1), params, order=order)
-
-
-def test_a_state_dict_of_torch_is_not_taken_for_variables_of_keras():
-    state_dict = {"state": {}, "param_groups": []}
-    with pytest.raises(TypeError, match=r"got a state dict of torch.*from_torch converts it"):
-        convert.from_keras(state_dict, adamjax.adam(0.1), {"w": jnp.zeros(2)})
+# --- rules and transforms that conversions do not know --------------------------------------------
 
 
 class HeavyBallState(NamedTuple):
@@ -198,6 +303,8 @@ class KeptState(NamedTuple):
 
 
 transform_state("m")(HeavyBallState)
+
+
 transform_state("m")(KeptState)
 
 
@@ -325,52 +432,6 @@ def test_the_slots_of_a_users_own_wrapper_are_not_dropped():
     assert_same(convert.from_optax(new, tx, params, check=False), state)
 
 
-def test_master_weights_are_converted_as_parameters():
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
-    tx, new = adamjax.master_weights(ADAM), OLD.init(jax.tree.map(jnp.asarray, PARAMS))
-    state = tx.init(params)
-    for call in (
-        lambda: convert.from_optax(new, tx, params, OLD),
-        lambda: convert.to_optax(state, tx, params, OLD),
-    ):
-        with pytest.raises(ValueError, match="Convert the inner state with the float32 weights"):
-            call()
-    assert_same(convert.to_optax(state.inner, tx.tx, state.weights, OLD), new)
-    assert_same(convert.from_optax(new, tx.tx, state.weights, OLD), state.inner)
-
-
-@pytest.mark.parametrize("shape", [(2, 5), (3, 2, 5), (3, 4, 2, 5), (3, 4, 6, 2, 5)], ids=str)
-def test_the_adapt_that_errors_recommend_inverts_itself(shape):
-    """From the dimensions of torch to those of a kernel, and back, whatever the rank."""
-    tx, (*window, n_in, n_out) = adamjax.adam(0.1, eps=1e-8), shape
-    params = {"kernel": jnp.ones(shape)}
-    target = torch_after_a_step((n_out, n_in, *window))
-    weights, adam = {"weight": jnp.ones((n_out, n_in, *window))}, adamjax.adam(RATE)
-    variables, recommended = numbered_keras([shape]), {}
-    for name, call in {
-        "from_torch": lambda adapt: convert.from_torch(target, tx, params, adapt=adapt),
-        "to_torch": lambda adapt: convert.to_torch(
-            tx.init(params), tx, params, target, adapt=adapt
-        ),
-        "from_keras": lambda adapt: convert.from_keras(variables, adam, weights, adapt=adapt),
-        "to_keras": lambda adapt: convert.to_keras(
-            adam.init(weights), adam, weights, variables, adapt=adapt
-        ),
-    }.items():
-        with pytest.raises(TypeError, match=f"{name}: adapt is 3 ") as caught:
-            call(3)
-        text = str(caught.value)
-        recommended[name] = eval(text[text.index("lambda") :])  # a text of our own
-        call(recommended[name])
-    x = np.arange(np.prod(shape)).reshape(shape)
-    for there, back, leaf in (
-        ("to_torch", "from_torch", "kernel"),
-        ("from_keras", "to_keras", "weight"),
-    ):
-        again = recommended[back](leaf, recommended[there](leaf, x))
-        np.testing.assert_array_equal(again, x)
-
-
 @pytest.mark.parametrize("system", ["torch", "keras"])
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_transforms_of_other_libraries_beside_the_rule_are_refused(system, place, keras):
@@ -429,6 +490,9 @@ def test_transforms_of_the_users_own_beside_a_rule_are_refused():
     convert.from_keras(NAMED, tx, {"w": jnp.zeros(2)})
 
 
+# --- rates, decays and frozen leaves --------------------------------------------------------------
+
+
 @pytest.mark.parametrize("system", ["torch", "keras"])
 def test_a_rate_before_the_rule_is_a_negation_and_no_gradient_is_zero(system):
     adam = adam_like_optax() if system == "torch" else adamjax.adam(0.1)
@@ -477,6 +541,33 @@ def test_a_rate_of_some_leaves_or_none_is_refused(system):
             call(tx)
 
 
+def test_a_decay_of_tx_that_follows_a_schedule_is_refused(keras):
+    ends, rate = adamjax.piecewise_constant([20], [0.3, 0.0]), adamjax.scale_by_learning_rate(0.1)
+    message = r"the same weight decay in each step, 0.3, tx has .*put add_decayed_weights\(0.3\)"
+
+    def chain(rule, decay):
+        return adamjax.chain(rule, adamjax.add_decayed_weights(decay), rate)
+
+    optimizer = keras_adam(keras, cls="AdamW", weight_decay=0.3)
+    options = {"weight_decay": 0.3, "decoupled_weight_decay": True}
+    for read, old, rule, params in (
+        (convert.from_keras, optimizer, KERAS_RULE, KERAS_PARAMS),
+        (
+            convert.from_torch,
+            torch_of([np.ones(3, "f")], **options),
+            adamjax.scale_by_adam(eps=1e-8),
+            jnp.zeros(3),
+        ),
+    ):
+        read(old, chain(rule, adamjax.constant(0.3)), params)
+        with pytest.raises(ValueError, match=message):
+            read(old, chain(rule, ends), params)
+    old = torch_of([np.ones(3, "f")], weight_decay=0.3)
+    tx = adamjax.chain(adamjax.add_decayed_weights(ends), adam_like_optax())
+    with pytest.raises(ValueError, match=message):
+        convert.from_torch(old, tx, jnp.zeros(3))
+
+
 @pytest.mark.parametrize("system", ["torch", "keras"])
 def test_leaves_that_the_other_optimizer_does_not_have_stay_as_they_are(system):
     params = {"base": jnp.ones(2), "w": jnp.zeros(2)}
@@ -504,30 +595,3 @@ def test_leaves_that_the_other_optimizer_does_not_have_stay_as_they_are(system):
             ValueError, match=r"'base': .* an optimizer without this leaf.*which moves"
         ):
             convert_to(tx)
-
-
-def test_a_decay_of_tx_that_follows_a_schedule_is_refused(keras):
-    ends, rate = adamjax.piecewise_constant([20], [0.3, 0.0]), adamjax.scale_by_learning_rate(0.1)
-    message = r"the same weight decay in each step, 0.3, tx has .*put add_decayed_weights\(0.3\)"
-
-    def chain(rule, decay):
-        return adamjax.chain(rule, adamjax.add_decayed_weights(decay), rate)
-
-    optimizer = keras_adam(keras, cls="AdamW", weight_decay=0.3)
-    options = {"weight_decay": 0.3, "decoupled_weight_decay": True}
-    for read, old, rule, params in (
-        (convert.from_keras, optimizer, KERAS_RULE, KERAS_PARAMS),
-        (
-            convert.from_torch,
-            torch_of([np.ones(3, "f")], **options),
-            adamjax.scale_by_adam(eps=1e-8),
-            jnp.zeros(3),
-        ),
-    ):
-        read(old, chain(rule, adamjax.constant(0.3)), params)
-        with pytest.raises(ValueError, match=message):
-            read(old, chain(rule, ends), params)
-    old = torch_of([np.ones(3, "f")], weight_decay=0.3)
-    tx = adamjax.chain(adamjax.add_decayed_weights(ends), adam_like_optax())
-    with pytest.raises(ValueError, match=message):
-        convert.from_torch(old, tx, jnp.zeros(3))

@@ -32,6 +32,9 @@ from support import assert_close, assert_same
 import adamjax
 from adamjax import convert
 
+# --- runs that change their optimizer -------------------------------------------------------------
+
+
 KERAS = {
     "adam": (lambda k: k.Adam(RATE), lambda: adamjax.adam(RATE)),
     "adam, an epsilon that matters": (
@@ -160,66 +163,6 @@ def test_a_run_that_comes_from_keras_and_one_that_goes_to_it(name, keras, x64):
         assert_close(theirs.average, adamjax.averaged_weights(after), rtol=1e-12)
 
 
-def test_variables_that_keras_excludes_from_decay(keras, x64):
-    """With the optimizer itself, the mask of the decay must say the same."""
-
-    def make(k):
-        optimizer = k.AdamW(RATE, weight_decay=0.125)
-        optimizer.exclude_from_weight_decay(var_names=["bias"])
-        return optimizer
-
-    masked = adamjax.adamw(RATE, weight_decay=0.125, mask="^(?!.*bias)")
-    of_all = adamjax.adamw(RATE, weight_decay=0.125)
-    noises, theirs = noise(), Keras(keras, make, new_params())
-    theirs.take(noises[:BEFORE])
-    middle = theirs.params
-    with pytest.raises(ValueError, match=r"'head/bias'.* decay of 0, .*mask= of the leaves"):
-        convert.from_keras(theirs.optimizer, of_all, middle)
-    # What `load_model` does: the exclusions are in no config.
-    forgetful = Keras(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
-    with pytest.raises(ValueError, match=r"'head/bias'.*load_model.*exclude_from_weight_decay"):
-        convert.from_keras(forgetful.optimizer, masked, middle)
-    state = convert.from_keras(theirs.optimizer, masked, middle)
-    actual, state = ours_taken(masked, middle, state, noises[BEFORE:])
-    assert_close(actual, theirs.take(noises[BEFORE:]), rtol=1e-12)
-    whole = Keras(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
-    with pytest.raises(ValueError, match=r"a weight decay of 0\.125.*with a mask= that this leaf"):
-        convert.from_keras(whole.optimizer, masked, middle)
-    # Keras says what is excluded, and adamjax what decays: turned around, it is refused.
-    for mask in ("bias", "embed", "^(?!.*embed)"):
-        wrong = adamjax.adamw(RATE, weight_decay=0.125, mask=mask)
-        with pytest.raises(ValueError, match=r"weight decay of 0\.125, tx has 0 before .* mask="):
-            convert.from_keras(theirs.optimizer, wrong, middle)
-    # An optimizer without a weight decay.
-    plain = Keras(keras, lambda k: k.Adam(RATE), new_params())
-    with pytest.raises(ValueError, match=r"has a weight decay of 0, .*leave the decay out"):
-        convert.from_keras(plain.optimizer, of_all, middle)
-
-
-def test_the_shapes_show_the_order_where_the_names_do_not(keras, x64):
-    """As after a second model in one process, whose layers Keras gives other numbers."""
-    params = {"first/kernel": jnp.ones((2, 3)), "first/bias": jnp.ones(3), "a/kernel": jnp.ones(5)}
-    order = ["first/kernel", "first/bias", "a/kernel"]
-    variables = [
-        keras.Variable(np.ones(params[path].shape), name=f"other_{i}")
-        for i, path in enumerate(order)
-    ]
-    optimizer = keras.optimizers.Adam(0.1)
-    optimizer.build(variables)
-    optimizer.apply([keras.ops.full(v.shape, 1.0 + i) for i, v in enumerate(variables)])
-    tx = adamjax.adam(0.1)
-    state = convert.from_keras(optimizer.variables, tx, params)
-    m = adamjax.get_slot(state, "m")
-    assert_close([float(m[path].max()) for path in order], [0.1, 0.2, 0.3], rtol=1e-6)
-    values = convert.to_keras(state, tx, params, optimizer.variables)
-    for variable, value in zip(optimizer.variables, values, strict=True):
-        assert_close(value, np.asarray(variable.value), rtol=1e-12)
-    # Two leaves of one shape: only order= can tell them apart.
-    alike = {**params, "a/kernel": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r"other_0.*do not correspond to the leaves.*give order="):
-        convert.from_keras(optimizer.variables, tx, alike)
-
-
 @pytest.mark.slow
 def test_keras_into_exact_rows(keras, x64):
     noises = noise()
@@ -239,6 +182,9 @@ def test_keras_into_exact_rows(keras, x64):
     values = convert.to_keras(state, ours, actual, theirs.optimizer.variables)
     for variable, value in zip(theirs.optimizer.variables, values, strict=True):
         assert_close(value, np.asarray(variable.value), rtol=1e-8)
+
+
+# --- forms of variables ---------------------------------------------------------------------------
 
 
 KERAS_NAMES = {
@@ -303,88 +249,211 @@ def test_every_form_of_keras_variables(name, keras, x64):
     assert_same(list(values.values()), list(stored.values()))
 
 
-def test_keras_nadam_without_its_product(keras, x64):
-    """tf_keras keeps the product of momenta outside of its variables."""
-    make, make_ours = KERAS["nadam"]
-    theirs = Keras(keras, make, new_params())
-    theirs.take(noise()[:BEFORE])
-    *pairs, (_, product) = [(v.path, np.asarray(v.value)) for v in theirs.optimizer.variables]
-    state = convert.from_keras(pairs, make_ours(), theirs.params)
-    assert_close(state[0].momentum_product, jnp.asarray(product), rtol=1e-6)
+def test_arrays_as_savez_numbers_them():
+    numbered = {f"arr_{i}": x for i, x in enumerate(VARIABLES.values())}
+    params, tx = {"w": jnp.zeros(2)}, adamjax.adam(0.1)
+    backwards = dict(reversed(numbered.items()))
+    for variables in (numbered, backwards):
+        state = convert.from_keras(variables, tx, params)
+        assert_same(state, convert.from_keras(list(VARIABLES.values()), tx, params))
 
 
-def test_a_keras_average_before_the_first_step(keras, x64):
-    make, make_ours = KERAS["amsgrad, average"]
-    theirs = Keras(keras, make, new_params())
-    args = theirs.optimizer.variables, make_ours(), theirs.params
-    with pytest.raises(ValueError, match="in its first step Keras 3 sets its average"):
-        convert.from_keras(*args)
-    state = convert.from_keras(*args, check=False)
-    assert_same(adamjax.averaged_weights(state), theirs.params)
-    # A state that has taken no step does not go on in Keras either.
-    with pytest.raises(ValueError, match="in its first step Keras 3 sets its average"):
-        convert.to_keras(state, args[1], theirs.params, theirs.optimizer)
-    theirs.take(noise()[:1])
-    state = convert.from_keras(theirs.optimizer.variables, make_ours(), theirs.params)
-    assert_close(adamjax.averaged_weights(state), theirs.params, rtol=1e-15)
+def test_names_of_keras_may_be_bytes():
+    """As in the attributes of a `.h5` file."""
+    tx, params = adamjax.adam(0.1), {"w": jnp.zeros(2)}
+    expected = convert.from_keras(NAMED, tx, params)
+    for variables in (
+        [(name.encode(), x) for name, x in NAMED],
+        [[name, x] for name, x in NAMED],
+        {name.encode(): x for name, x in NAMED},
+    ):
+        assert_same(convert.from_keras(variables, tx, params), expected)
 
 
-def test_a_keras_average_in_the_first_accumulated_step(keras):
-    """Keras counts steps, not micro-batches, so all of these copy the weights."""
-    options = {"use_ema": True, "ema_momentum": 0.5, "gradient_accumulation_steps": 3}
-    optimizer = keras.optimizers.Adam(0.1, **options)
-    w = keras.Variable(np.ones(3, np.float32), name="w")
-    optimizer.build([w])
-    config = {"learning_rate": 0.1, "loss_scale_factor": None, **options}
-    tx = adamjax.from_config({"class_name": "Adam", "config": config})
-    for micro in range(1, 4):
-        optimizer.apply([keras.ops.convert_to_tensor(np.full(3, micro, np.float32))], [w])
-        params = {"w": jnp.asarray(w.value)}
-        if micro < 3:
-            with pytest.raises(ValueError, match="in its first step Keras 3 sets its average"):
-                convert.from_keras(optimizer, tx, params)
-    assert_same(adamjax.averaged_weights(convert.from_keras(optimizer, tx, params)), params)
+def test_an_average_of_a_single_array():
+    tx, params = adamjax.chain(adamjax.adam(RATE), adamjax.weight_ema(0.9)), jnp.ones(2)
+    names = ("w_momentum", "w_velocity", "w_average")
+    variables = [("adam/iteration", np.array(7)), ("adam/learning_rate", np.float32(RATE))]
+    variables += [(f"adam/{name}", np.full(2, 0.5, np.float32)) for name in names]
+    state = convert.from_keras(variables, tx, params)
+    assert_same(adamjax.averaged_weights(state), jnp.full(2, 0.5))
+    for made, (name, x) in zip(
+        convert.to_keras(state, tx, params, variables), variables, strict=True
+    ):
+        np.testing.assert_array_equal(made, x, name)
 
 
-def test_what_keras_keeps_is_compared():
-    params, adam = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE)
-    convert.from_keras(keras_pairs(), adam, params)
-    for pairs, tx, message in [
-        (keras_pairs(), adamjax.adam(0.5), r"'a': Keras has a learning rate of 0.0625, tx has 0.5"),
+VARIABLES = {
+    "adam/iteration": 7,
+    "adam/learning_rate": np.float32(0.1),
+    "adam/w_momentum": np.full(2, 0.5, "f"),
+    "adam/w_velocity": np.ones(2, "f"),
+}
+
+
+@pytest.mark.parametrize("form", ["pairs", "mapping", "numbers", "list"])
+@pytest.mark.parametrize("value", [None, "0.1", [[1], 2], {"a": 1}])
+@pytest.mark.parametrize("name", VARIABLES)
+def test_malformed_variables_are_refused(name, value, form):
+    changed = {**VARIABLES, name: value}
+    variables = {
+        "pairs": list(changed.items()),
+        "mapping": changed,
+        "numbers": {str(i): x for i, x in enumerate(changed.values())},
+        "list": list(changed.values()),
+    }[form]
+    tx, params = adamjax.adam(0.1), {"w": jnp.zeros(2)}
+    with pytest.raises(ValueError, match=r"from_keras: variable .* is .*expected a number or an a"):
+        convert.from_keras(variables, tx, params)
+    with pytest.raises(ValueError, match=r"to_keras: variable .* is .*expected a number or an a"):
+        convert.to_keras(tx.init(params), tx, params, variables)
+
+
+def test_a_complex_rate_is_refused():
+    variables = {**VARIABLES, "adam/learning_rate": np.complex64(0.1)}
+    with pytest.raises(ValueError, match=r"the learning rate is .*expected one real number"):
+        convert.from_keras(variables, adamjax.adam(0.1), {"w": jnp.zeros(2)})
+
+
+def test_a_target_of_integers_is_refused():
+    tx, params = adamjax.adam(0.1), {"w": jnp.zeros(2)}
+    target = {**VARIABLES, "adam/w_momentum": np.zeros(2, int)}
+    with pytest.raises(ValueError, match="momentum of 'w' is int64 in the target, expected floats"):
+        convert.to_keras(tx.init(params), tx, params, target)
+
+
+def test_bfloat16_as_numpy_loads_it_is_refused_with_the_way_to_read_it():
+    moments = np.asarray(jnp.ones(2, jnp.bfloat16)).view("V2")
+    variables = {name: moments if np.ndim(x) else x for name, x in VARIABLES.items()}
+    with pytest.raises(ValueError, match=r"expected a number .*view\(ml_dtypes.bfloat16\)"):
+        convert.from_keras(variables, adamjax.adam(0.1), {"w": jnp.zeros(2)})
+
+
+# --- which variable belongs to which leaf ---------------------------------------------------------
+
+
+LAYERS = ["dense", *(f"dense_{i}" for i in range(1, 12))]
+
+
+def layered(names):
+    return {name: {"kernel": jnp.zeros(2)} for name in names}
+
+
+def test_variables_of_keras_are_taken_by_their_names():
+    """A dictionary has dense_10 before dense_2."""
+    params, tx = layered(LAYERS), adamjax.adam(RATE)
+    pairs = keras_layers([f"sequential_{name}_kernel" for name in LAYERS])
+    expected = {n: {"kernel": jnp.full(2, i + 1.0)} for i, n in enumerate(LAYERS)}
+    # In the order of the slots, and of the variables sorted by name, too.
+    by_slot = sorted(pairs, key=lambda pair: pair[0].rsplit("_", 1)[-1])
+    for given in (pairs, by_slot, sorted(pairs), dict(pairs)):
+        state = convert.from_keras(given, tx, params)
+        assert_same(adamjax.get_slot(state, "m"), expected)
+        assert_same(adamjax.get_slot(state, "v"), expected)
+    values = convert.to_keras(state, tx, params, pairs)
+    assert_same(values[2:], [x for _, x in pairs[2:]])
+    # A list says no names: it is taken in its order.
+    state = convert.from_keras(pairs, tx, [jnp.zeros(2)] * len(LAYERS))
+    assert_same(adamjax.get_slot(state, "m"), [x["kernel"] for x in expected.values()])
+    order = [f"{name}/kernel" for name in LAYERS]
+    assert_same(adamjax.get_slot(convert.from_keras(pairs, tx, params, order=order), "m"), expected)
+    with pytest.raises(ValueError, match=r"order has 'dense_1/kernel' in the place of Keras's 's"):
+        convert.from_keras(pairs, tx, params, order=[*order[1::-1], *order[2:]])
+    other = keras_layers([f"conv_{i}" for i in range(12)])
+    with pytest.raises(ValueError, match=r"Keras names its parameters \['conv_0'.*give order="):
+        convert.from_keras(other, tx, params)
+    mixed = [*pairs[:-1], ("adam/sequential_dense_1_kernel_velocity", pairs[-1][1])]
+    with pytest.raises(ValueError, match=r"leaves of velocity are others than those of momentum"):
+        convert.from_keras(mixed, tx, params)
+    both = [*pairs[:-1], ("nadam/sequential_dense_11_kernel_velocity", pairs[-1][1])]
+    with pytest.raises(ValueError, match=r"of several optimizers, \['adam', 'nadam'\]"):
+        convert.from_keras(both, tx, params)
+
+
+def sorted_pairs(names):
+    return dict(sorted(keras_layers(names)))
+
+
+@pytest.mark.parametrize(
+    ("variables", "fault"),
+    [
+        (sorted_pairs(["zeta", "beta", "mid"]), "not in Keras' order, in which the iteration"),
+        (sorted_pairs(["zeta", "nu", "xi"]), "the names are sorted, so their order need not be"),
         (
-            keras_pairs(),
-            adamjax.adam(RATE, eps=1e-7),
-            r"'a': Keras has epsilon added to the uncorrected",
+            list(sorted_pairs(["zeta", "nu", "xi"]).items()),
+            "the names are sorted, so their order need not be",
         ),
-        (keras_pairs(), adamjax.amsgrad(RATE), r"for amsgrad, expected .*'velocity_hat'"),
-        (keras_pairs()[:-1], adam, r"there are 1 of velocity"),
-        (keras_pairs([("adam/step_counter", np.ones(2))]), adam, r"cannot tell what 'adam/step_c"),
-        ([x for _, x in keras_pairs()][:-1], adam, r"arrays without names fit nothing"),
-        (
-            keras_pairs([(f"adam/{p}_average", x) for p, x in PARAMS.items()]),
-            adam,
-            r"has an average of 'a', but tx has no weight_ema",
+        (  # safetensors sorts by dtype and then by name
+            dict(sorted(keras_layers(["zeta", "beta", "mid"]), key=lambda p: p[1].dtype.kind)),
+            "not in Keras' order",
         ),
-        (
-            keras_pairs([(f"adam/{p}_gradient_accumulator", x) for p, x in PARAMS.items()]),
-            adam,
-            r"wrap tx in accumulate_gradients",
-        ),
-        (
-            keras_pairs(),
-            adamjax.accumulate_gradients(adamjax.adam(adamjax.constant(RATE)), 2),
-            r"Keras calls a schedule with the number of micro-batches",
-        ),
-        (
-            keras_pairs(),
-            adamjax.accumulate_gradients(adamjax.chain(adam, adamjax.weight_ema(0.9)), 2),
-            r"put weight_ema after accumulate_gradients",
-        ),
+    ],
+)
+def test_names_of_keras_that_were_sorted_give_no_order(variables, fault):
+    """`jax.device_get` and h5py sort a dictionary by its keys."""
+    tx = adamjax.adam(RATE)
+    value_of = dict(variables)
+    names = [key[5:].removesuffix("_momentum") for key in value_of if "momentum" in key]
+    size = {name: float(value_of[f"adam/{name}_momentum"][0]) for name in names}
+    params = {f"l{i}": jnp.zeros(2) for i in range(3)}
+    paths = ["l0", "l1", "l2"]
+    for tree, order in ((params, paths), (list(params.values()), None)):
+        state = convert.from_keras(keras_layers(size), tx, tree, order=order, check=False)
+        for call in (
+            lambda tree=tree, order=order: convert.from_keras(variables, tx, tree, order=order),
+            lambda state=state, tree=tree, order=order: convert.to_keras(
+                state, tx, tree, variables, order=order
+            ),
+        ):
+            with pytest.raises(ValueError, match=rf"{fault}.*give order=.name: path."):
+                call()
+        convert.from_keras(variables, tx, tree, order=order, check=False)
+    with pytest.raises(ValueError, match="give order="):
+        convert.from_keras(variables, adamjax.masked(tx, "l1"), params, order=[None, "l1", None])
+    # Names decide, in an order or in the leaves.
+    order = dict(zip(names, paths, strict=True))
+    for given in (order, dict(reversed(order.items()))):
+        m = adamjax.get_slot(convert.from_keras(variables, tx, params, order=given), "m")
+        assert {path: float(x[0]) for path, x in m.items()} == {
+            path: size[name] for name, path in order.items()
+        }
+    named = {name: jnp.zeros(2) for name in names}
+    for given in (None, names, {f"model/{name}": name for name in names}):
+        m = adamjax.get_slot(convert.from_keras(variables, tx, named, order=given), "m")
+        assert {name: float(x[0]) for name, x in m.items()} == size
+    for given, message in [
+        ({"other": "l0", "zeta": "l1", "mid": "l2"}, "order has the names .*do not correspond to"),
+        (dict.fromkeys(names, "l0"), "order names the leaf 'l0' more than once"),
+        (dict.fromkeys(names, "w"), "order names the leaf 'w', but params has no float leaf"),
     ]:
         with pytest.raises(ValueError, match=message):
-            convert.from_keras(pairs, tx, params)
-    with pytest.raises(TypeError, match=r"expected optimizer.variables"):
-        convert.from_keras(3, adam, params)
+            convert.from_keras(variables, tx, params, order=given)
+    with pytest.raises(TypeError, match="a list of paths, or a dictionary from names to paths"):
+        convert.from_keras(variables, tx, params, order={0: "l0", 1: "l1", 2: "l2"})
+
+
+def test_the_shapes_show_the_order_where_the_names_do_not(keras, x64):
+    """As after a second model in one process, whose layers Keras gives other numbers."""
+    params = {"first/kernel": jnp.ones((2, 3)), "first/bias": jnp.ones(3), "a/kernel": jnp.ones(5)}
+    order = ["first/kernel", "first/bias", "a/kernel"]
+    variables = [
+        keras.Variable(np.ones(params[path].shape), name=f"other_{i}")
+        for i, path in enumerate(order)
+    ]
+    optimizer = keras.optimizers.Adam(0.1)
+    optimizer.build(variables)
+    optimizer.apply([keras.ops.full(v.shape, 1.0 + i) for i, v in enumerate(variables)])
+    tx = adamjax.adam(0.1)
+    state = convert.from_keras(optimizer.variables, tx, params)
+    m = adamjax.get_slot(state, "m")
+    assert_close([float(m[path].max()) for path in order], [0.1, 0.2, 0.3], rtol=1e-6)
+    values = convert.to_keras(state, tx, params, optimizer.variables)
+    for variable, value in zip(optimizer.variables, values, strict=True):
+        assert_close(value, np.asarray(variable.value), rtol=1e-12)
+    # Two leaves of one shape: only order= can tell them apart.
+    alike = {**params, "a/kernel": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"other_0.*do not correspond to the leaves.*give order="):
+        convert.from_keras(optimizer.variables, tx, alike)
 
 
 def test_arrays_that_may_be_ordered_in_several_ways():
@@ -469,6 +538,9 @@ def test_square_weights_may_be_the_transposes_of_keras_kernels(leaf, name):
     assert_close(adamjax.get_slot(state, "m")["fc"][leaf], square.T, rtol=0)
 
 
+# --- which optimizers are converted ---------------------------------------------------------------
+
+
 def built_keras(keras, kind, **options):
     """A Keras optimizer after two steps."""
     optimizer = getattr(keras.optimizers, kind)(0.1, **options)
@@ -517,28 +589,6 @@ def test_of_keras_optimizers_only_adams_are_taken(name, named, keras):
             convert.from_keras(variables, tx, params)
 
 
-def test_keras_optimizers_of_another_name(keras):
-    """A name of one's own does not say which optimizer it is of: the optimizer itself does."""
-    params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
-    for kind, options in [("Adam", {}), ("Lamb", {}), ("ScheduleFreeAdamW", {})]:
-        optimizer = built_keras(keras, kind, name="mine", **options)
-        bare = [(v.name, np.asarray(v)) for v in optimizer.variables]
-        for variables, problem in [
-            (optimizer.variables, "an optimizer that is named 'mine'"),
-            (bare, "names of the variables do not contain that of their optimizer"),
-        ]:
-            with pytest.raises(ValueError, match=problem):
-                convert.from_keras(variables, tx, params)
-        if kind == "Adam":
-            assert int(adamjax.step_count(convert.from_keras(optimizer, tx, params))) == 2
-        else:
-            with pytest.raises(ValueError, match=rf"the optimizer is a keras.*{kind}: expected"):
-                convert.from_keras(optimizer, tx, params)
-    called_adam = built_keras(keras, "RMSprop", name="adam", momentum=0.9)
-    with pytest.raises(ValueError, match="velocities come before momenta"):
-        convert.from_keras(called_adam.variables, tx, params)
-
-
 def test_all_of_keras_optimizers_but_adams_are_refused(keras):
     """Those of future versions too."""
     taken, params = set(), {"w": jnp.ones(3)}
@@ -562,6 +612,61 @@ def test_all_of_keras_optimizers_but_adams_are_refused(keras):
     assert taken == expected
 
 
+def test_keras_optimizers_of_another_name(keras):
+    """A name of one's own does not say which optimizer it is of: the optimizer itself does."""
+    params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
+    for kind, options in [("Adam", {}), ("Lamb", {}), ("ScheduleFreeAdamW", {})]:
+        optimizer = built_keras(keras, kind, name="mine", **options)
+        bare = [(v.name, np.asarray(v)) for v in optimizer.variables]
+        for variables, problem in [
+            (optimizer.variables, "an optimizer that is named 'mine'"),
+            (bare, "names of the variables do not contain that of their optimizer"),
+        ]:
+            with pytest.raises(ValueError, match=problem):
+                convert.from_keras(variables, tx, params)
+        if kind == "Adam":
+            assert int(adamjax.step_count(convert.from_keras(optimizer, tx, params))) == 2
+        else:
+            with pytest.raises(ValueError, match=rf"the optimizer is a keras.*{kind}: expected"):
+                convert.from_keras(optimizer, tx, params)
+    called_adam = built_keras(keras, "RMSprop", name="adam", momentum=0.9)
+    with pytest.raises(ValueError, match="velocities come before momenta"):
+        convert.from_keras(called_adam.variables, tx, params)
+
+
+@pytest.mark.parametrize("prefix", ["lamb", "my_own", "lazy_adam", "rectified_adam", "adam_mini"])
+def test_names_of_other_optimizers_are_refused(prefix):
+    pairs, params = keras_layers(["a"], prefix), {"a": jnp.zeros(2)}
+    with pytest.raises(ValueError, match=rf"an optimizer that is named '{prefix}'"):
+        convert.from_keras(pairs, adamjax.adam(RATE), params)
+    state = adamjax.adam(RATE).init(params)
+    with pytest.raises(ValueError, match=rf"an optimizer that is named '{prefix}'"):
+        convert.to_keras(state, adamjax.adam(RATE), params, pairs)
+    convert.from_keras(pairs, adamjax.adam(RATE), params, check=False)
+
+
+def test_numbered_names_of_keras_optimizers():
+    for prefix, tx in [("adam_1", adamjax.adam), ("adam_w_12", adamjax.adamw)]:
+        convert.from_keras(keras_layers(["a"], prefix), tx(RATE), jnp.zeros(2))
+    for prefix in ("adam_w_12", "AdamW"):
+        with pytest.raises(ValueError, match=r"Keras has AdamW's weight decay, tx has none: build"):
+            convert.from_keras(keras_layers(["a"], prefix), adamjax.adam(RATE), jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"those of nadam; for adam, expected"):
+        convert.from_keras(keras_layers(["a"], "nadam"), adamjax.adam(RATE), jnp.zeros(2))
+
+
+def test_names_of_rmsprop_of_tf_keras_are_not_those_of_adam():
+    names = ["m", "v"], ["momentum", "velocity"]
+    for taken, (m, v) in zip((True, False), names, strict=True):
+        pairs = [("iteration:0", np.array(1))]
+        pairs += [(f"{role}/dense/kernel:0", np.ones(2, np.float32)) for role in (m, v)]
+        if taken:
+            convert.from_keras(pairs, adamjax.adam(RATE), jnp.zeros(2))
+        else:
+            with pytest.raises(ValueError, match="cannot tell what 'momentum/dense/kernel:0' is"):
+                convert.from_keras(pairs, adamjax.adam(RATE), jnp.zeros(2))
+
+
 def test_what_is_passed_in_place_of_a_keras_optimizer_is_named(keras):
     params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
     adam = built_keras(keras, "Adam")
@@ -580,6 +685,65 @@ def test_what_is_passed_in_place_of_a_keras_optimizer_is_named(keras):
     ]:
         with pytest.raises((TypeError, ValueError), match=message):
             convert.from_keras(given, tx, params)
+
+
+def test_a_keras_optimizer_that_is_not_built_is_refused(keras):
+    params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
+    optimizer = keras.optimizers.Adam(0.1)
+    stored = {str(i): np.asarray(v.value) for i, v in enumerate(optimizer.variables)}
+    for variables in (optimizer, optimizer.variables, stored):
+        with pytest.raises(ValueError, match=r"no moments, so it is not built yet: .*build\("):
+            convert.from_keras(variables, tx, params)
+    with pytest.raises(TypeError, match=r"a config, which has no variables: .*from_config"):
+        convert.from_keras({"class_name": "Adam", "config": {}}, tx, params)
+
+
+# --- hyperparameters ------------------------------------------------------------------------------
+
+
+def test_what_keras_keeps_is_compared():
+    params, adam = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE)
+    convert.from_keras(keras_pairs(), adam, params)
+    for pairs, tx, message in [
+        (keras_pairs(), adamjax.adam(0.5), r"'a': Keras has a learning rate of 0.0625, tx has 0.5"),
+        (
+            keras_pairs(),
+            adamjax.adam(RATE, eps=1e-7),
+            r"'a': Keras has epsilon added to the uncorrected",
+        ),
+        (keras_pairs(), adamjax.amsgrad(RATE), r"for amsgrad, expected .*'velocity_hat'"),
+        (keras_pairs()[:-1], adam, r"there are 1 of velocity"),
+        (keras_pairs([("adam/step_counter", np.ones(2))]), adam, r"cannot tell what 'adam/step_c"),
+        ([x for _, x in keras_pairs()][:-1], adam, r"arrays without names fit nothing"),
+        (
+            keras_pairs([(f"adam/{p}_average", x) for p, x in PARAMS.items()]),
+            adam,
+            r"has an average of 'a', but tx has no weight_ema",
+        ),
+        (
+            keras_pairs([(f"adam/{p}_gradient_accumulator", x) for p, x in PARAMS.items()]),
+            adam,
+            r"wrap tx in accumulate_gradients",
+        ),
+        (
+            keras_pairs(),
+            adamjax.accumulate_gradients(adamjax.adam(adamjax.constant(RATE)), 2),
+            r"Keras calls a schedule with the number of micro-batches",
+        ),
+        (
+            keras_pairs(),
+            adamjax.accumulate_gradients(adamjax.chain(adam, adamjax.weight_ema(0.9)), 2),
+            r"put weight_ema after accumulate_gradients",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert.from_keras(pairs, tx, params)
+    with pytest.raises(TypeError, match=r"expected optimizer.variables"):
+        convert.from_keras(3, adam, params)
+
+
+def clipped_by(*transforms):
+    return adamjax.chain(*transforms, adamjax.adam(0.1))
 
 
 def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
@@ -671,8 +835,32 @@ def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
                 convert.to_keras(tx.init(params), tx, params, optimizer)
 
 
-def clipped_by(*transforms):
-    return adamjax.chain(*transforms, adamjax.adam(0.1))
+def test_what_keras_does_beside_its_rule_is_refused(keras):
+    tx = adamjax.adam(0.1)
+
+    def expect_refusal(optimizer, message):
+        for call in (
+            lambda: convert.from_keras(optimizer, tx, KERAS_PARAMS),
+            lambda: convert.to_keras(tx.init(KERAS_PARAMS), tx, KERAS_PARAMS, optimizer),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+
+    variables = [keras.Variable(np.ones(3), name=name) for name in KERAS_PARAMS]
+    variables[1].constraint = keras.constraints.NonNeg()
+    optimizer = keras_adam(keras, variables=variables)
+    expect_refusal(optimizer, r"the variable of 'v1' has constraint=.*NonNeg")
+    only = adamjax.masked(tx, "v0")
+    convert.from_keras(optimizer, only, KERAS_PARAMS, order=["v0", None])
+    optimizer = keras_adam(keras, use_ema=True)
+    optimizer.use_ema = False
+    expect_refusal(optimizer, "use_ema of the optimizer is False, but it has the variables")
+    optimizer = keras_adam(keras, amsgrad=True)
+    optimizer.amsgrad = False
+    expect_refusal(optimizer, "amsgrad of the optimizer is False, but it has the variables")
+
+
+# --- clips and factors ----------------------------------------------------------------------------
 
 
 def test_what_keras_does_to_gradients_may_be_built(keras):
@@ -705,6 +893,21 @@ def test_a_global_norm_of_keras_is_that_of_all_leaves(keras):
         convert.from_keras(optimizer, adamjax.partition([("a", each)], default=each), params)
 
 
+def test_a_norm_of_keras_is_that_of_the_leaves_that_its_optimizer_has(keras):
+    variables = [keras.Variable(np.ones(3, np.float32), name="v1")]
+    optimizer = keras.optimizers.Adam(0.1, global_clipnorm=0.5)
+    optimizer.build(variables)
+    clip, adam = adamjax.clip_by_global_norm(0.5), adamjax.adam(0.1, eps_hat=1e-7)
+    rest = adamjax.partition([("v0", adamjax.set_to_zero())], default=adam)
+    right = adamjax.chain(adamjax.masked(clip, "v1"), rest)
+    convert.from_keras(optimizer, right, KERAS_PARAMS, order=["v1"])
+    with pytest.raises(ValueError, match=r"of other leaves: clip the leaves that its optimizer"):
+        convert.from_keras(optimizer, adamjax.chain(clip, rest), KERAS_PARAMS, order=["v1"])
+
+
+# --- accumulation ---------------------------------------------------------------------------------
+
+
 def test_all_leaves_accumulate_as_in_keras(keras):
     optimizer = keras.optimizers.Adam(0.1, gradient_accumulation_steps=2)
     variables = [
@@ -722,6 +925,16 @@ def test_all_leaves_accumulate_as_in_keras(keras):
             convert.to_keras(tx.init(params), tx, params, optimizer)
 
 
+def test_a_leaf_that_keras_does_not_have_need_not_accumulate(keras):
+    optimizer = keras.optimizers.Adam(0.1, gradient_accumulation_steps=2)
+    optimizer.build([keras.Variable(np.ones(3, np.float32), name="v1")])
+    inside = adamjax.chain(
+        adamjax.accumulate_gradients(KERAS_RULE, 2), adamjax.scale_by_learning_rate(0.1)
+    )
+    tx = adamjax.partition([("v0", adamjax.set_to_zero())], default=inside)
+    convert.from_keras(optimizer, tx, KERAS_PARAMS, order=["v1"])
+
+
 def test_another_number_of_micro_batches_than_in_keras_is_refused(keras):
     params = {"w": jnp.ones(3)}
     tx = adamjax.accumulate_gradients(adamjax.adam(0.1), 4)
@@ -737,6 +950,72 @@ def test_another_number_of_micro_batches_than_in_keras_is_refused(keras):
             convert.from_keras(optimizer, tx, params)
         with pytest.raises(ValueError, match=message):
             convert.to_keras(tx.init(params), tx, params, optimizer)
+
+
+def test_micro_batches_of_keras_in_another_number():
+    """The iteration counts them, and only the accumulated gradients show how many a step takes."""
+    params, tx = {"a": jnp.zeros(2)}, adamjax.accumulate_gradients(adamjax.adam(RATE), 4)
+
+    def pairs(iteration, total):
+        found = [("adam/iteration", np.array(iteration)), *keras_layers(["a"])[1:]]
+        return [*found, ("adam/a_gradient_accumulator", np.full(2, total, np.float32))]
+
+    assert int(convert.from_keras(pairs(8, 0), tx, params).inner[0].count) == 2
+    convert.from_keras(pairs(9, 0.5), tx, params)
+    for iteration, total in [(8, 0.5), (6, 0.0)]:
+        with pytest.raises(ValueError, match=r"does not fit accumulate_gradients of 4 steps"):
+            convert.from_keras(pairs(iteration, total), tx, params)
+
+
+def test_a_factor_is_outside_of_the_accumulation_amid_a_step(keras):
+    """Keras multiplies micro-batches before it adds them up."""
+    options = {"loss_scale_factor": 4.0, "gradient_accumulation_steps": 3}
+    factor, rate = adamjax.scale(0.25), adamjax.scale_by_learning_rate(0.1)
+    inside = adamjax.chain(adamjax.accumulate_gradients(adamjax.chain(factor, KERAS_RULE), 3), rate)
+    outside = adamjax.chain(factor, adamjax.accumulate_gradients(KERAS_RULE, 3), rate)
+    for calls in (3, 4):
+        optimizer = keras_adam(keras, calls, **options)
+        for total in optimizer._accumulated_gradients:
+            total.assign(np.full(3, calls - 3.0))
+        convert.from_keras(optimizer, outside, KERAS_PARAMS)
+        if calls == 3:
+            convert.from_keras(optimizer, inside, KERAS_PARAMS)
+        else:
+            with pytest.raises(ValueError, match=r"inside of accumulate_gradients: put it outside"):
+                convert.from_keras(optimizer, inside, KERAS_PARAMS)
+
+
+def test_a_decay_outside_of_the_accumulation_of_keras_is_refused(keras):
+    optimizer = keras_adam(keras, 4, "AdamW", weight_decay=0.1, gradient_accumulation_steps=2)
+    decay, rate = adamjax.add_decayed_weights(0.1), adamjax.scale_by_learning_rate(0.1)
+    inside = adamjax.accumulate_gradients(adamjax.chain(KERAS_RULE, decay), 2)
+    inside = adamjax.chain(inside, rate)
+    outside = adamjax.chain(adamjax.accumulate_gradients(KERAS_RULE, 2), decay, rate)
+    pairs = [(v.path, np.asarray(v)) for v in optimizer.variables]
+    for variables in (optimizer, pairs):
+        state = convert.from_keras(variables, inside, KERAS_PARAMS)
+        convert.to_keras(state, inside, KERAS_PARAMS, variables)
+        for call in (
+            lambda v=variables: convert.from_keras(v, outside, KERAS_PARAMS),
+            lambda v=variables: convert.to_keras(
+                outside.init(KERAS_PARAMS), outside, KERAS_PARAMS, v
+            ),
+        ):
+            with pytest.raises(ValueError, match="adds the weight decay once in each step"):
+                call()
+
+
+def test_a_schedule_by_path_within_the_accumulation_of_keras_is_refused(keras):
+    falls = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
+    optimizer = keras_adam(keras, gradient_accumulation_steps=2)
+    optimizer._learning_rate = falls
+    rates = adamjax.by_path([("v0", FALLS)], default=FALLS)
+    tx = adamjax.accumulate_gradients(adamjax.adam(rates), 2)
+    with pytest.raises(ValueError, match="calls a schedule with the number of micro-batches"):
+        convert.from_keras(optimizer, tx, KERAS_PARAMS)
+
+
+# --- schedules ------------------------------------------------------------------------------------
 
 
 def keras_of_rate(keras, rate, count=0):
@@ -1004,6 +1283,230 @@ def test_schedules_of_keras_that_adamjax_does_not_have_are_called(keras):
                 convert.from_keras(optimizer, adamjax.adam(other), params)
 
 
+def test_variables_of_keras_say_that_there_is_a_schedule(keras):
+    """A constant rate has a variable, `adam/learning_rate`; a schedule has none."""
+    params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay(0.1, 1000)
+    optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 1000))
+    optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
+    current = [(v.path, np.asarray(v)) for v in optimizer.variables]
+    of_tf_keras = [("iteration:0", np.array(0)), ("current_learning_rate:0", np.float32(0.1))]
+    of_tf_keras += [(f"Adam/{slot}/w:0", np.zeros(3)) for slot in "mv"]
+    constant, arrays = adamjax.adam(0.1), [x for _, x in current]
+    numbered = {str(i): x for i, x in enumerate(arrays)}
+    for variables in (optimizer.variables, dict(current), numbered, arrays, of_tf_keras):
+        for tx in (constant, adamjax.chain(adamjax.scale_by_adam(), adamjax.scale(-0.1))):
+            with pytest.raises(
+                ValueError, match=r"follows a schedule .* tx has a constant one: bu"
+            ):
+                convert.from_keras(variables, tx, params)
+        for tx in (
+            adamjax.adam(falls),
+            adamjax.adam(adamjax.constant(0.1)),
+            adamjax.adam(adamjax.by_path([("w", falls)], default=0.1)),
+            adamjax.with_hyperparams(constant, learning_rate=0.1),
+        ):
+            convert.from_keras(variables, tx, params)
+        with pytest.raises(ValueError, match=r"a learning rate for all leaves, tx has none for a"):
+            convert.from_keras(variables, adamjax.scale_by_adam(), params)
+        convert.from_keras(variables, constant, params, check=False)
+        with pytest.raises(ValueError, match=r"to_keras: .*follows a schedule"):
+            convert.to_keras(constant.init(params), constant, params, variables)
+    # tf_keras and older ones have an iteration in int64, and never a rate among their arrays.
+    convert.from_keras([np.array(0, np.int64), *arrays[1:]], constant, params)
+    two = [np.array(0, np.int32), *[np.zeros(n) for n in (2, 3, 2, 3)]]
+    convert.from_keras(two, constant, {"a": jnp.ones(2), "b": jnp.ones(3)})
+
+
+def test_keras_has_one_count_for_all(keras):
+    falls = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
+    optimizer = keras.optimizers.Adam(falls)
+    optimizer.build([keras.Variable(np.ones(3), name=name) for name in KERAS_PARAMS])
+    tx = adamjax.chain(adamjax.skip_not_finite(KERAS_RULE), adamjax.scale_by_learning_rate(FALLS))
+    state = tx.init(KERAS_PARAMS)
+    _, state = tx.update(KERAS_PARAMS, state, KERAS_PARAMS)
+    convert.to_keras(state, tx, KERAS_PARAMS, optimizer)
+    nan = jax.tree.map(lambda x: x * jnp.nan, KERAS_PARAMS)
+    _, state = tx.update(nan, state, KERAS_PARAMS)
+    with pytest.raises(ValueError, match="has counted 2 steps and the rule 1, but Keras has one"):
+        convert.to_keras(state, tx, KERAS_PARAMS, optimizer)
+    convert.to_keras(state, tx, KERAS_PARAMS, optimizer, check=False)
+
+
+# --- weight decay and frozen variables ------------------------------------------------------------
+
+
+def test_variables_that_keras_excludes_from_decay(keras, x64):
+    """With the optimizer itself, the mask of the decay must say the same."""
+
+    def make(k):
+        optimizer = k.AdamW(RATE, weight_decay=0.125)
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        return optimizer
+
+    masked = adamjax.adamw(RATE, weight_decay=0.125, mask="^(?!.*bias)")
+    of_all = adamjax.adamw(RATE, weight_decay=0.125)
+    noises, theirs = noise(), Keras(keras, make, new_params())
+    theirs.take(noises[:BEFORE])
+    middle = theirs.params
+    with pytest.raises(ValueError, match=r"'head/bias'.* decay of 0, .*mask= of the leaves"):
+        convert.from_keras(theirs.optimizer, of_all, middle)
+    # What `load_model` does: the exclusions are in no config.
+    forgetful = Keras(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
+    with pytest.raises(ValueError, match=r"'head/bias'.*load_model.*exclude_from_weight_decay"):
+        convert.from_keras(forgetful.optimizer, masked, middle)
+    state = convert.from_keras(theirs.optimizer, masked, middle)
+    actual, state = ours_taken(masked, middle, state, noises[BEFORE:])
+    assert_close(actual, theirs.take(noises[BEFORE:]), rtol=1e-12)
+    whole = Keras(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
+    with pytest.raises(ValueError, match=r"a weight decay of 0\.125.*with a mask= that this leaf"):
+        convert.from_keras(whole.optimizer, masked, middle)
+    # Keras says what is excluded, and adamjax what decays: turned around, it is refused.
+    for mask in ("bias", "embed", "^(?!.*embed)"):
+        wrong = adamjax.adamw(RATE, weight_decay=0.125, mask=mask)
+        with pytest.raises(ValueError, match=r"weight decay of 0\.125, tx has 0 before .* mask="):
+            convert.from_keras(theirs.optimizer, wrong, middle)
+    # An optimizer without a weight decay.
+    plain = Keras(keras, lambda k: k.Adam(RATE), new_params())
+    with pytest.raises(ValueError, match=r"has a weight decay of 0, .*leave the decay out"):
+        convert.from_keras(plain.optimizer, of_all, middle)
+
+
+def test_a_decay_of_keras_follows_the_schedule_of_the_rate(keras):
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([8], [0.1, 0.02])
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.3)
+    optimizer.build([keras.Variable(np.ones(3, np.float32), name=name) for name in KERAS_PARAMS])
+    decay, rate = adamjax.add_decayed_weights(0.3), adamjax.scale_by_learning_rate
+    steps = adamjax.piecewise_constant([8], [0.1, 0.02])
+    convert.from_keras(optimizer, adamjax.chain(KERAS_RULE, decay, rate(steps)), KERAS_PARAMS)
+    factors = adamjax.piecewise_constant([8], [1.0, 0.2])
+    tx = adamjax.chain(KERAS_RULE, adamjax.scale(-1.0), rate(factors), decay, rate(0.1))
+    with pytest.raises(
+        ValueError, match=r"in each step, 0.3, tx has .*with a schedule of the rate between"
+    ):
+        convert.from_keras(optimizer, tx, KERAS_PARAMS)
+
+
+def test_a_variable_of_keras_that_was_frozen_stays_as_it_is(keras):
+    zero, params = adamjax.set_to_zero(), KERAS_PARAMS
+    variables = [keras.Variable(np.ones(3, np.float32), name=name) for name in params]
+    optimizer = keras_adam(keras, 3, "AdamW", variables, weight_decay=0.3)
+    adamw = adamjax.adamw(0.1, weight_decay=0.3)
+    convert.from_keras(optimizer, adamw, params)
+    variables[1].trainable = False
+    for tx in (
+        adamw,
+        KERAS_RULE,
+        adamjax.chain(
+            KERAS_RULE,
+            adamjax.masked(zero, "v1"),
+            adamjax.add_decayed_weights(0.3),
+            adamjax.scale_by_learning_rate(0.1),
+        ),
+    ):
+        tx = tx if tx is adamw else adamjax.partition([("v1", tx)], default=adamw)
+        for call in (
+            lambda tx=tx: convert.from_keras(optimizer, tx, params),
+            lambda tx=tx: convert.to_keras(tx.init(params), tx, params, optimizer),
+        ):
+            message = r"'v1': Keras has a variable with trainable=False, tx has .*give None for it"
+            with pytest.raises(ValueError, match=message):
+                call()
+    still = adamjax.chain(adamw, adamjax.masked(zero, "v1"))
+    state = convert.from_keras(optimizer, still, params)
+    convert.to_keras(state, still, params, optimizer)
+    rest = adamjax.partition([("v1", zero)], default=adamw)
+    state = convert.from_keras(optimizer, rest, params, order=["v0", None])
+    convert.to_keras(state, rest, params, optimizer, order=["v0", None])
+
+
+# --- averages -------------------------------------------------------------------------------------
+
+
+def test_a_keras_average_before_the_first_step(keras, x64):
+    make, make_ours = KERAS["amsgrad, average"]
+    theirs = Keras(keras, make, new_params())
+    args = theirs.optimizer.variables, make_ours(), theirs.params
+    with pytest.raises(ValueError, match="in its first step Keras 3 sets its average"):
+        convert.from_keras(*args)
+    state = convert.from_keras(*args, check=False)
+    assert_same(adamjax.averaged_weights(state), theirs.params)
+    # A state that has taken no step does not go on in Keras either.
+    with pytest.raises(ValueError, match="in its first step Keras 3 sets its average"):
+        convert.to_keras(state, args[1], theirs.params, theirs.optimizer)
+    theirs.take(noise()[:1])
+    state = convert.from_keras(theirs.optimizer.variables, make_ours(), theirs.params)
+    assert_close(adamjax.averaged_weights(state), theirs.params, rtol=1e-15)
+
+
+def test_a_keras_average_in_the_first_accumulated_step(keras):
+    """Keras counts steps, not micro-batches, so all of these copy the weights."""
+    options = {"use_ema": True, "ema_momentum": 0.5, "gradient_accumulation_steps": 3}
+    optimizer = keras.optimizers.Adam(0.1, **options)
+    w = keras.Variable(np.ones(3, np.float32), name="w")
+    optimizer.build([w])
+    config = {"learning_rate": 0.1, "loss_scale_factor": None, **options}
+    tx = adamjax.from_config({"class_name": "Adam", "config": config})
+    for micro in range(1, 4):
+        optimizer.apply([keras.ops.convert_to_tensor(np.full(3, micro, np.float32))], [w])
+        params = {"w": jnp.asarray(w.value)}
+        if micro < 3:
+            with pytest.raises(ValueError, match="in its first step Keras 3 sets its average"):
+                convert.from_keras(optimizer, tx, params)
+    assert_same(adamjax.averaged_weights(convert.from_keras(optimizer, tx, params)), params)
+
+
+def test_an_average_of_some_leaves_does_not_drop_that_of_others(keras):
+    optimizer = keras_adam(keras, 2, use_ema=True, ema_momentum=0.5)
+    average = adamjax.weight_ema(0.5)
+    some = adamjax.chain(adamjax.adam(0.1), adamjax.masked(average, "v0"))
+    with pytest.raises(ValueError, match=r"an average of 'v1', but tx has no weight_ema"):
+        convert.from_keras(optimizer, some, KERAS_PARAMS)
+    tx = adamjax.chain(adamjax.adam(0.1), average)
+    state = convert.from_keras(optimizer, tx, KERAS_PARAMS)
+    with pytest.raises(ValueError, match=r"has an average of the weights, but the optimizer has n"):
+        convert.to_keras(state, tx, KERAS_PARAMS, keras_adam(keras))
+    convert.to_keras(state, tx, KERAS_PARAMS, keras_adam(keras), check=False)
+
+
+# --- the product of Nadam -------------------------------------------------------------------------
+
+
+def test_keras_nadam_without_its_product(keras, x64):
+    """tf_keras keeps the product of momenta outside of its variables."""
+    make, make_ours = KERAS["nadam"]
+    theirs = Keras(keras, make, new_params())
+    theirs.take(noise()[:BEFORE])
+    *pairs, (_, product) = [(v.path, np.asarray(v.value)) for v in theirs.optimizer.variables]
+    state = convert.from_keras(pairs, make_ours(), theirs.params)
+    assert_close(state[0].momentum_product, jnp.asarray(product), rtol=1e-6)
+
+
+def momenta(decay, b1=0.9):
+    return np.prod([b1 * (1 - 0.5 * 0.96 ** (decay * t)) for t in range(1, 8)])
+
+
+@pytest.mark.parametrize(
+    "product", [momenta(0.004), momenta(1, 0.8), np.nan], ids=["legacy", "b1", "nan"]
+)
+def test_a_product_of_other_momenta_is_refused(product):
+    """The momentum of the legacy Nadam of Keras has another schedule, which nothing else shows."""
+    tx, params = adamjax.nadam(RATE), {"w": jnp.ones(2)}
+    names = ("iter", "momentum_cache", "w/m", "w/v")
+
+    def kept(product):
+        values = (np.array(7), np.float32(product), np.full(2, 0.5, "f"), np.ones(2, "f"))
+        return [(f"Nadam/{name}:0", x) for name, x in zip(names, values, strict=True)]
+
+    state = convert.from_keras(kept(momenta(1)), tx, params)
+    assert_same(state[0].momentum_product, jnp.float32(momenta(1)))
+    with pytest.raises(ValueError, match=r"from_keras: the product of momenta is .* after 7 steps"):
+        convert.from_keras(kept(product), tx, params)
+    convert.from_keras(kept(product), tx, params, check=False)
+
+
+# --- optimizers before TensorFlow 2.11, and tf_keras ----------------------------------------------
+
+
 class OldAdam:
     """What conversions read of an optimizer of Keras before 2.11."""
 
@@ -1066,470 +1569,3 @@ def test_a_product_that_tf_keras_keeps_elsewhere_is_not_lost():
     with pytest.raises(ValueError, match=r"check=False, .*_u_product\.assign\(1\)"):
         convert.to_keras(tx.init(params), tx, params, target)
     convert.to_keras(tx.init(params), tx, params, target, check=False)
-
-
-def test_variables_of_keras_say_that_there_is_a_schedule(keras):
-    """A constant rate has a variable, `adam/learning_rate`; a schedule has none."""
-    params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay(0.1, 1000)
-    optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 1000))
-    optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
-    current = [(v.path, np.asarray(v)) for v in optimizer.variables]
-    of_tf_keras = [("iteration:0", np.array(0)), ("current_learning_rate:0", np.float32(0.1))]
-    of_tf_keras += [(f"Adam/{slot}/w:0", np.zeros(3)) for slot in "mv"]
-    constant, arrays = adamjax.adam(0.1), [x for _, x in current]
-    numbered = {str(i): x for i, x in enumerate(arrays)}
-    for variables in (optimizer.variables, dict(current), numbered, arrays, of_tf_keras):
-        for tx in (constant, adamjax.chain(adamjax.scale_by_adam(), adamjax.scale(-0.1))):
-            with pytest.raises(
-                ValueError, match=r"follows a schedule .* tx has a constant one: bu"
-            ):
-                convert.from_keras(variables, tx, params)
-        for tx in (
-            adamjax.adam(falls),
-            adamjax.adam(adamjax.constant(0.1)),
-            adamjax.adam(adamjax.by_path([("w", falls)], default=0.1)),
-            adamjax.with_hyperparams(constant, learning_rate=0.1),
-        ):
-            convert.from_keras(variables, tx, params)
-        with pytest.raises(ValueError, match=r"a learning rate for all leaves, tx has none for a"):
-            convert.from_keras(variables, adamjax.scale_by_adam(), params)
-        convert.from_keras(variables, constant, params, check=False)
-        with pytest.raises(ValueError, match=r"to_keras: .*follows a schedule"):
-            convert.to_keras(constant.init(params), constant, params, variables)
-    # tf_keras and older ones have an iteration in int64, and never a rate among their arrays.
-    convert.from_keras([np.array(0, np.int64), *arrays[1:]], constant, params)
-    two = [np.array(0, np.int32), *[np.zeros(n) for n in (2, 3, 2, 3)]]
-    convert.from_keras(two, constant, {"a": jnp.ones(2), "b": jnp.ones(3)})
-
-
-def test_a_keras_optimizer_that_is_not_built_is_refused(keras):
-    params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
-    optimizer = keras.optimizers.Adam(0.1)
-    stored = {str(i): np.asarray(v.value) for i, v in enumerate(optimizer.variables)}
-    for variables in (optimizer, optimizer.variables, stored):
-        with pytest.raises(ValueError, match=r"no moments, so it is not built yet: .*build\("):
-            convert.from_keras(variables, tx, params)
-    with pytest.raises(TypeError, match=r"a config, which has no variables: .*from_config"):
-        convert.from_keras({"class_name": "Adam", "config": {}}, tx, params)
-
-
-LAYERS = ["dense", *(f"dense_{i}" for i in range(1, 12))]
-
-
-def layered(names):
-    return {name: {"kernel": jnp.zeros(2)} for name in names}
-
-
-def test_variables_of_keras_are_taken_by_their_names():
-    """A dictionary has dense_10 before dense_2."""
-    params, tx = layered(LAYERS), adamjax.adam(RATE)
-    pairs = keras_layers([f"sequential_{name}_kernel" for name in LAYERS])
-    expected = {n: {"kernel": jnp.full(2, i + 1.0)} for i, n in enumerate(LAYERS)}
-    # In the order of the slots, and of the variables sorted by name, too.
-    by_slot = sorted(pairs, key=lambda pair: pair[0].rsplit("_", 1)[-1])
-    for given in (pairs, by_slot, sorted(pairs), dict(pairs)):
-        state = convert.from_keras(given, tx, params)
-        assert_same(adamjax.get_slot(state, "m"), expected)
-        assert_same(adamjax.get_slot(state, "v"), expected)
-    values = convert.to_keras(state, tx, params, pairs)
-    assert_same(values[2:], [x for _, x in pairs[2:]])
-    # A list says no names: it is taken in its order.
-    state = convert.from_keras(pairs, tx, [jnp.zeros(2)] * len(LAYERS))
-    assert_same(adamjax.get_slot(state, "m"), [x["kernel"] for x in expected.values()])
-    order = [f"{name}/kernel" for name in LAYERS]
-    assert_same(adamjax.get_slot(convert.from_keras(pairs, tx, params, order=order), "m"), expected)
-    with pytest.raises(ValueError, match=r"order has 'dense_1/kernel' in the place of Keras's 's"):
-        convert.from_keras(pairs, tx, params, order=[*order[1::-1], *order[2:]])
-    other = keras_layers([f"conv_{i}" for i in range(12)])
-    with pytest.raises(ValueError, match=r"Keras names its parameters \['conv_0'.*give order="):
-        convert.from_keras(other, tx, params)
-    mixed = [*pairs[:-1], ("adam/sequential_dense_1_kernel_velocity", pairs[-1][1])]
-    with pytest.raises(ValueError, match=r"leaves of velocity are others than those of momentum"):
-        convert.from_keras(mixed, tx, params)
-    both = [*pairs[:-1], ("nadam/sequential_dense_11_kernel_velocity", pairs[-1][1])]
-    with pytest.raises(ValueError, match=r"of several optimizers, \['adam', 'nadam'\]"):
-        convert.from_keras(both, tx, params)
-
-
-def sorted_pairs(names):
-    return dict(sorted(keras_layers(names)))
-
-
-@pytest.mark.parametrize(
-    ("variables", "fault"),
-    [
-        (sorted_pairs(["zeta", "beta", "mid"]), "not in Keras' order, in which the iteration"),
-        (sorted_pairs(["zeta", "nu", "xi"]), "the names are sorted, so their order need not be"),
-        (
-            list(sorted_pairs(["zeta", "nu", "xi"]).items()),
-            "the names are sorted, so their order need not be",
-        ),
-        (  # safetensors sorts by dtype and then by name
-            dict(sorted(keras_layers(["zeta", "beta", "mid"]), key=lambda p: p[1].dtype.kind)),
-            "not in Keras' order",
-        ),
-    ],
-)
-def test_names_of_keras_that_were_sorted_give_no_order(variables, fault):
-    """`jax.device_get` and h5py sort a dictionary by its keys."""
-    tx = adamjax.adam(RATE)
-    value_of = dict(variables)
-    names = [key[5:].removesuffix("_momentum") for key in value_of if "momentum" in key]
-    size = {name: float(value_of[f"adam/{name}_momentum"][0]) for name in names}
-    params = {f"l{i}": jnp.zeros(2) for i in range(3)}
-    paths = ["l0", "l1", "l2"]
-    for tree, order in ((params, paths), (list(params.values()), None)):
-        state = convert.from_keras(keras_layers(size), tx, tree, order=order, check=False)
-        for call in (
-            lambda tree=tree, order=order: convert.from_keras(variables, tx, tree, order=order),
-            lambda state=state, tree=tree, order=order: convert.to_keras(
-                state, tx, tree, variables, order=order
-            ),
-        ):
-            with pytest.raises(ValueError, match=rf"{fault}.*give order=.name: path."):
-                call()
-        convert.from_keras(variables, tx, tree, order=order, check=False)
-    with pytest.raises(ValueError, match="give order="):
-        convert.from_keras(variables, adamjax.masked(tx, "l1"), params, order=[None, "l1", None])
-    # Names decide, in an order or in the leaves.
-    order = dict(zip(names, paths, strict=True))
-    for given in (order, dict(reversed(order.items()))):
-        m = adamjax.get_slot(convert.from_keras(variables, tx, params, order=given), "m")
-        assert {path: float(x[0]) for path, x in m.items()} == {
-            path: size[name] for name, path in order.items()
-        }
-    named = {name: jnp.zeros(2) for name in names}
-    for given in (None, names, {f"model/{name}": name for name in names}):
-        m = adamjax.get_slot(convert.from_keras(variables, tx, named, order=given), "m")
-        assert {name: float(x[0]) for name, x in m.items()} == size
-    for given, message in [
-        ({"other": "l0", "zeta": "l1", "mid": "l2"}, "order has the names .*do not correspond to"),
-        (dict.fromkeys(names, "l0"), "order names the leaf 'l0' more than once"),
-        (dict.fromkeys(names, "w"), "order names the leaf 'w', but params has no float leaf"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            convert.from_keras(variables, tx, params, order=given)
-    with pytest.raises(TypeError, match="a list of paths, or a dictionary from names to paths"):
-        convert.from_keras(variables, tx, params, order={0: "l0", 1: "l1", 2: "l2"})
-
-
-@pytest.mark.parametrize("prefix", ["lamb", "my_own", "lazy_adam", "rectified_adam", "adam_mini"])
-def test_names_of_other_optimizers_are_refused(prefix):
-    pairs, params = keras_layers(["a"], prefix), {"a": jnp.zeros(2)}
-    with pytest.raises(ValueError, match=rf"an optimizer that is named '{prefix}'"):
-        convert.from_keras(pairs, adamjax.adam(RATE), params)
-    state = adamjax.adam(RATE).init(params)
-    with pytest.raises(ValueError, match=rf"an optimizer that is named '{prefix}'"):
-        convert.to_keras(state, adamjax.adam(RATE), params, pairs)
-    convert.from_keras(pairs, adamjax.adam(RATE), params, check=False)
-
-
-def test_numbered_names_of_keras_optimizers():
-    for prefix, tx in [("adam_1", adamjax.adam), ("adam_w_12", adamjax.adamw)]:
-        convert.from_keras(keras_layers(["a"], prefix), tx(RATE), jnp.zeros(2))
-    for prefix in ("adam_w_12", "AdamW"):
-        with pytest.raises(ValueError, match=r"Keras has AdamW's weight decay, tx has none: build"):
-            convert.from_keras(keras_layers(["a"], prefix), adamjax.adam(RATE), jnp.zeros(2))
-    with pytest.raises(ValueError, match=r"those of nadam; for adam, expected"):
-        convert.from_keras(keras_layers(["a"], "nadam"), adamjax.adam(RATE), jnp.zeros(2))
-
-
-def test_names_of_rmsprop_of_tf_keras_are_not_those_of_adam():
-    names = ["m", "v"], ["momentum", "velocity"]
-    for taken, (m, v) in zip((True, False), names, strict=True):
-        pairs = [("iteration:0", np.array(1))]
-        pairs += [(f"{role}/dense/kernel:0", np.ones(2, np.float32)) for role in (m, v)]
-        if taken:
-            convert.from_keras(pairs, adamjax.adam(RATE), jnp.zeros(2))
-        else:
-            with pytest.raises(ValueError, match="cannot tell what 'momentum/dense/kernel:0' is"):
-                convert.from_keras(pairs, adamjax.adam(RATE), jnp.zeros(2))
-
-
-def test_micro_batches_of_keras_in_another_number():
-    """The iteration counts them, and only the accumulated gradients show how many a step takes."""
-    params, tx = {"a": jnp.zeros(2)}, adamjax.accumulate_gradients(adamjax.adam(RATE), 4)
-
-    def pairs(iteration, total):
-        found = [("adam/iteration", np.array(iteration)), *keras_layers(["a"])[1:]]
-        return [*found, ("adam/a_gradient_accumulator", np.full(2, total, np.float32))]
-
-    assert int(convert.from_keras(pairs(8, 0), tx, params).inner[0].count) == 2
-    convert.from_keras(pairs(9, 0.5), tx, params)
-    for iteration, total in [(8, 0.5), (6, 0.0)]:
-        with pytest.raises(ValueError, match=r"does not fit accumulate_gradients of 4 steps"):
-            convert.from_keras(pairs(iteration, total), tx, params)
-
-
-def momenta(decay, b1=0.9):
-    return np.prod([b1 * (1 - 0.5 * 0.96 ** (decay * t)) for t in range(1, 8)])
-
-
-@pytest.mark.parametrize(
-    "product", [momenta(0.004), momenta(1, 0.8), np.nan], ids=["legacy", "b1", "nan"]
-)
-def test_a_product_of_other_momenta_is_refused(product):
-    """The momentum of the legacy Nadam of Keras has another schedule, which nothing else shows."""
-    tx, params = adamjax.nadam(RATE), {"w": jnp.ones(2)}
-    names = ("iter", "momentum_cache", "w/m", "w/v")
-
-    def kept(product):
-        values = (np.array(7), np.float32(product), np.full(2, 0.5, "f"), np.ones(2, "f"))
-        return [(f"Nadam/{name}:0", x) for name, x in zip(names, values, strict=True)]
-
-    state = convert.from_keras(kept(momenta(1)), tx, params)
-    assert_same(state[0].momentum_product, jnp.float32(momenta(1)))
-    with pytest.raises(ValueError, match=r"from_keras: the product of momenta is .* after 7 steps"):
-        convert.from_keras(kept(product), tx, params)
-    convert.from_keras(kept(product), tx, params, check=False)
-
-
-VARIABLES = {
-    "adam/iteration": 7,
-    "adam/learning_rate": np.float32(0.1),
-    "adam/w_momentum": np.full(2, 0.5, "f"),
-    "adam/w_velocity": np.ones(2, "f"),
-}
-
-
-@pytest.mark.parametrize("form", ["pairs", "mapping", "numbers", "list"])
-@pytest.mark.parametrize("value", [None, "0.1", [[1], 2], {"a": 1}])
-@pytest.mark.parametrize("name", VARIABLES)
-def test_malformed_variables_are_refused(name, value, form):
-    changed = {**VARIABLES, name: value}
-    variables = {
-        "pairs": list(changed.items()),
-        "mapping": changed,
-        "numbers": {str(i): x for i, x in enumerate(changed.values())},
-        "list": list(changed.values()),
-    }[form]
-    tx, params = adamjax.adam(0.1), {"w": jnp.zeros(2)}
-    with pytest.raises(ValueError, match=r"from_keras: variable .* is .*expected a number or an a"):
-        convert.from_keras(variables, tx, params)
-    with pytest.raises(ValueError, match=r"to_keras: variable .* is .*expected a number or an a"):
-        convert.to_keras(tx.init(params), tx, params, variables)
-
-
-def test_bfloat16_as_numpy_loads_it_is_refused_with_the_way_to_read_it():
-    moments = np.asarray(jnp.ones(2, jnp.bfloat16)).view("V2")
-    variables = {name: moments if np.ndim(x) else x for name, x in VARIABLES.items()}
-    with pytest.raises(ValueError, match=r"expected a number .*view\(ml_dtypes.bfloat16\)"):
-        convert.from_keras(variables, adamjax.adam(0.1), {"w": jnp.zeros(2)})
-
-
-def test_arrays_as_savez_numbers_them():
-    numbered = {f"arr_{i}": x for i, x in enumerate(VARIABLES.values())}
-    params, tx = {"w": jnp.zeros(2)}, adamjax.adam(0.1)
-    backwards = dict(reversed(numbered.items()))
-    for variables in (numbered, backwards):
-        state = convert.from_keras(variables, tx, params)
-        assert_same(state, convert.from_keras(list(VARIABLES.values()), tx, params))
-
-
-def test_a_target_of_integers_is_refused():
-    tx, params = adamjax.adam(0.1), {"w": jnp.zeros(2)}
-    target = {**VARIABLES, "adam/w_momentum": np.zeros(2, int)}
-    with pytest.raises(ValueError, match="momentum of 'w' is int64 in the target, expected floats"):
-        convert.to_keras(tx.init(params), tx, params, target)
-
-
-def test_an_average_of_a_single_array():
-    tx, params = adamjax.chain(adamjax.adam(RATE), adamjax.weight_ema(0.9)), jnp.ones(2)
-    names = ("w_momentum", "w_velocity", "w_average")
-    variables = [("adam/iteration", np.array(7)), ("adam/learning_rate", np.float32(RATE))]
-    variables += [(f"adam/{name}", np.full(2, 0.5, np.float32)) for name in names]
-    state = convert.from_keras(variables, tx, params)
-    assert_same(adamjax.averaged_weights(state), jnp.full(2, 0.5))
-    for made, (name, x) in zip(
-        convert.to_keras(state, tx, params, variables), variables, strict=True
-    ):
-        np.testing.assert_array_equal(made, x, name)
-
-
-def test_a_complex_rate_is_refused():
-    variables = {**VARIABLES, "adam/learning_rate": np.complex64(0.1)}
-    with pytest.raises(ValueError, match=r"the learning rate is .*expected one real number"):
-        convert.from_keras(variables, adamjax.adam(0.1), {"w": jnp.zeros(2)})
-
-
-def test_a_decay_outside_of_the_accumulation_of_keras_is_refused(keras):
-    optimizer = keras_adam(keras, 4, "AdamW", weight_decay=0.1, gradient_accumulation_steps=2)
-    decay, rate = adamjax.add_decayed_weights(0.1), adamjax.scale_by_learning_rate(0.1)
-    inside = adamjax.accumulate_gradients(adamjax.chain(KERAS_RULE, decay), 2)
-    inside = adamjax.chain(inside, rate)
-    outside = adamjax.chain(adamjax.accumulate_gradients(KERAS_RULE, 2), decay, rate)
-    pairs = [(v.path, np.asarray(v)) for v in optimizer.variables]
-    for variables in (optimizer, pairs):
-        state = convert.from_keras(variables, inside, KERAS_PARAMS)
-        convert.to_keras(state, inside, KERAS_PARAMS, variables)
-        for call in (
-            lambda v=variables: convert.from_keras(v, outside, KERAS_PARAMS),
-            lambda v=variables: convert.to_keras(
-                outside.init(KERAS_PARAMS), outside, KERAS_PARAMS, v
-            ),
-        ):
-            with pytest.raises(ValueError, match="adds the weight decay once in each step"):
-                call()
-
-
-def test_a_schedule_by_path_within_the_accumulation_of_keras_is_refused(keras):
-    falls = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
-    optimizer = keras_adam(keras, gradient_accumulation_steps=2)
-    optimizer._learning_rate = falls
-    rates = adamjax.by_path([("v0", FALLS)], default=FALLS)
-    tx = adamjax.accumulate_gradients(adamjax.adam(rates), 2)
-    with pytest.raises(ValueError, match="calls a schedule with the number of micro-batches"):
-        convert.from_keras(optimizer, tx, KERAS_PARAMS)
-
-
-def test_keras_has_one_count_for_all(keras):
-    falls = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
-    optimizer = keras.optimizers.Adam(falls)
-    optimizer.build([keras.Variable(np.ones(3), name=name) for name in KERAS_PARAMS])
-    tx = adamjax.chain(adamjax.skip_not_finite(KERAS_RULE), adamjax.scale_by_learning_rate(FALLS))
-    state = tx.init(KERAS_PARAMS)
-    _, state = tx.update(KERAS_PARAMS, state, KERAS_PARAMS)
-    convert.to_keras(state, tx, KERAS_PARAMS, optimizer)
-    nan = jax.tree.map(lambda x: x * jnp.nan, KERAS_PARAMS)
-    _, state = tx.update(nan, state, KERAS_PARAMS)
-    with pytest.raises(ValueError, match="has counted 2 steps and the rule 1, but Keras has one"):
-        convert.to_keras(state, tx, KERAS_PARAMS, optimizer)
-    convert.to_keras(state, tx, KERAS_PARAMS, optimizer, check=False)
-
-
-def test_an_average_of_some_leaves_does_not_drop_that_of_others(keras):
-    optimizer = keras_adam(keras, 2, use_ema=True, ema_momentum=0.5)
-    average = adamjax.weight_ema(0.5)
-    some = adamjax.chain(adamjax.adam(0.1), adamjax.masked(average, "v0"))
-    with pytest.raises(ValueError, match=r"an average of 'v1', but tx has no weight_ema"):
-        convert.from_keras(optimizer, some, KERAS_PARAMS)
-    tx = adamjax.chain(adamjax.adam(0.1), average)
-    state = convert.from_keras(optimizer, tx, KERAS_PARAMS)
-    with pytest.raises(ValueError, match=r"has an average of the weights, but the optimizer has n"):
-        convert.to_keras(state, tx, KERAS_PARAMS, keras_adam(keras))
-    convert.to_keras(state, tx, KERAS_PARAMS, keras_adam(keras), check=False)
-
-
-def test_what_keras_does_beside_its_rule_is_refused(keras):
-    tx = adamjax.adam(0.1)
-
-    def expect_refusal(optimizer, message):
-        for call in (
-            lambda: convert.from_keras(optimizer, tx, KERAS_PARAMS),
-            lambda: convert.to_keras(tx.init(KERAS_PARAMS), tx, KERAS_PARAMS, optimizer),
-        ):
-            with pytest.raises(ValueError, match=message):
-                call()
-
-    variables = [keras.Variable(np.ones(3), name=name) for name in KERAS_PARAMS]
-    variables[1].constraint = keras.constraints.NonNeg()
-    optimizer = keras_adam(keras, variables=variables)
-    expect_refusal(optimizer, r"the variable of 'v1' has constraint=.*NonNeg")
-    only = adamjax.masked(tx, "v0")
-    convert.from_keras(optimizer, only, KERAS_PARAMS, order=["v0", None])
-    optimizer = keras_adam(keras, use_ema=True)
-    optimizer.use_ema = False
-    expect_refusal(optimizer, "use_ema of the optimizer is False, but it has the variables")
-    optimizer = keras_adam(keras, amsgrad=True)
-    optimizer.amsgrad = False
-    expect_refusal(optimizer, "amsgrad of the optimizer is False, but it has the variables")
-
-
-def test_a_factor_is_outside_of_the_accumulation_amid_a_step(keras):
-    """Keras multiplies micro-batches before it adds them up."""
-    options = {"loss_scale_factor": 4.0, "gradient_accumulation_steps": 3}
-    factor, rate = adamjax.scale(0.25), adamjax.scale_by_learning_rate(0.1)
-    inside = adamjax.chain(adamjax.accumulate_gradients(adamjax.chain(factor, KERAS_RULE), 3), rate)
-    outside = adamjax.chain(factor, adamjax.accumulate_gradients(KERAS_RULE, 3), rate)
-    for calls in (3, 4):
-        optimizer = keras_adam(keras, calls, **options)
-        for total in optimizer._accumulated_gradients:
-            total.assign(np.full(3, calls - 3.0))
-        convert.from_keras(optimizer, outside, KERAS_PARAMS)
-        if calls == 3:
-            convert.from_keras(optimizer, inside, KERAS_PARAMS)
-        else:
-            with pytest.raises(ValueError, match=r"inside of accumulate_gradients: put it outside"):
-                convert.from_keras(optimizer, inside, KERAS_PARAMS)
-
-
-def test_names_of_keras_may_be_bytes():
-    """As in the attributes of a `.h5` file."""
-    tx, params = adamjax.adam(0.1), {"w": jnp.zeros(2)}
-    expected = convert.from_keras(NAMED, tx, params)
-    for variables in (
-        [(name.encode(), x) for name, x in NAMED],
-        [[name, x] for name, x in NAMED],
-        {name.encode(): x for name, x in NAMED},
-    ):
-        assert_same(convert.from_keras(variables, tx, params), expected)
-
-
-def test_a_variable_of_keras_that_was_frozen_stays_as_it_is(keras):
-    zero, params = adamjax.set_to_zero(), KERAS_PARAMS
-    variables = [keras.Variable(np.ones(3, np.float32), name=name) for name in params]
-    optimizer = keras_adam(keras, 3, "AdamW", variables, weight_decay=0.3)
-    adamw = adamjax.adamw(0.1, weight_decay=0.3)
-    convert.from_keras(optimizer, adamw, params)
-    variables[1].trainable = False
-    for tx in (
-        adamw,
-        KERAS_RULE,
-        adamjax.chain(
-            KERAS_RULE,
-            adamjax.masked(zero, "v1"),
-            adamjax.add_decayed_weights(0.3),
-            adamjax.scale_by_learning_rate(0.1),
-        ),
-    ):
-        tx = tx if tx is adamw else adamjax.partition([("v1", tx)], default=adamw)
-        for call in (
-            lambda tx=tx: convert.from_keras(optimizer, tx, params),
-            lambda tx=tx: convert.to_keras(tx.init(params), tx, params, optimizer),
-        ):
-            message = r"'v1': Keras has a variable with trainable=False, tx has .*give None for it"
-            with pytest.raises(ValueError, match=message):
-                call()
-    still = adamjax.chain(adamw, adamjax.masked(zero, "v1"))
-    state = convert.from_keras(optimizer, still, params)
-    convert.to_keras(state, still, params, optimizer)
-    rest = adamjax.partition([("v1", zero)], default=adamw)
-    state = convert.from_keras(optimizer, rest, params, order=["v0", None])
-    convert.to_keras(state, rest, params, optimizer, order=["v0", None])
-
-
-def test_a_norm_of_keras_is_that_of_the_leaves_that_its_optimizer_has(keras):
-    variables = [keras.Variable(np.ones(3, np.float32), name="v1")]
-    optimizer = keras.optimizers.Adam(0.1, global_clipnorm=0.5)
-    optimizer.build(variables)
-    clip, adam = adamjax.clip_by_global_norm(0.5), adamjax.adam(0.1, eps_hat=1e-7)
-    rest = adamjax.partition([("v0", adamjax.set_to_zero())], default=adam)
-    right = adamjax.chain(adamjax.masked(clip, "v1"), rest)
-    convert.from_keras(optimizer, right, KERAS_PARAMS, order=["v1"])
-    with pytest.raises(ValueError, match=r"of other leaves: clip the leaves that its optimizer"):
-        convert.from_keras(optimizer, adamjax.chain(clip, rest), KERAS_PARAMS, order=["v1"])
-
-
-def test_a_decay_of_keras_follows_the_schedule_of_the_rate(keras):
-    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([8], [0.1, 0.02])
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.3)
-    optimizer.build([keras.Variable(np.ones(3, np.float32), name=name) for name in KERAS_PARAMS])
-    decay, rate = adamjax.add_decayed_weights(0.3), adamjax.scale_by_learning_rate
-    steps = adamjax.piecewise_constant([8], [0.1, 0.02])
-    convert.from_keras(optimizer, adamjax.chain(KERAS_RULE, decay, rate(steps)), KERAS_PARAMS)
-    factors = adamjax.piecewise_constant([8], [1.0, 0.2])
-    tx = adamjax.chain(KERAS_RULE, adamjax.scale(-1.0), rate(factors), decay, rate(0.1))
-    with pytest.raises(
-        ValueError, match=r"in each step, 0.3, tx has .*with a schedule of the rate between"
-    ):
-        convert.from_keras(optimizer, tx, KERAS_PARAMS)
-
-
-def test_a_leaf_that_keras_does_not_have_need_not_accumulate(keras):
-    optimizer = keras.optimizers.Adam(0.1, gradient_accumulation_steps=2)
-    optimizer.build([keras.Variable(np.ones(3, np.float32), name="v1")])
-    inside = adamjax.chain(
-        adamjax.accumulate_gradients(KERAS_RULE, 2), adamjax.scale_by_learning_rate(0.1)
-    )
-    tx = adamjax.partition([("v0", adamjax.set_to_zero())], default=inside)
-    convert.from_keras(optimizer, tx, KERAS_PARAMS, order=["v1"])

@@ -12,7 +12,8 @@ import pytest
 from conversions import (
     AFTER,
     BEFORE,
-    MOVES,
+    FALLS,
+    LABELS,
     OLD,
     OPTAX,
     PARAMS,
@@ -24,6 +25,7 @@ from conversions import (
     falling,
     gradient,
     labels,
+    micro_batches,
     new_params,
     noise,
     old_state,
@@ -37,6 +39,8 @@ from support import assert_close, assert_same
 
 import adamjax
 from adamjax import convert
+
+# --- runs that change their optimizer -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPTAX)
@@ -73,83 +77,6 @@ def test_there_and_back_is_the_same_state(name, x64):
     if name == "inject_hyperparams":  # which keeps the rates of the last step as well
         state, back = state.inner_state, back.inner_state
     assert_close(back, state, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours", "count"),
-    [
-        (optax.amsgrad(RATE), adamjax.amsgrad(RATE, eps=1e-8), 200_000),
-        (optax.nadam(RATE), adamjax.nadam(RATE, eps=1e-8), 2_000),
-    ],
-    ids=["amsgrad", "nadam"],
-)
-def test_rules_that_become_one_in_a_long_run(theirs, ours, count, x64):
-    """A state of a long run is one of a short run with its count set."""
-    params, noises = new_params(), noise()
-    (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
-    young = state
-    state = (state[0]._replace(count=jnp.asarray(count, jnp.int32)), *state[1:])
-    expected, _ = taken(theirs, middle, state, noises[BEFORE:])
-    converted = convert.from_optax(state, ours, middle, theirs)
-    actual, after = ours_taken(ours, middle, converted, noises[BEFORE:])
-    assert_close(actual, expected, rtol=1e-12)
-    back = convert.to_optax(after, ours, actual[-1], theirs)
-    expected, _ = ours_taken(ours, actual[-1], after, noises[:AFTER])
-    actual, _ = taken(theirs, actual[-1], back, noises[:AFTER])
-    assert_close(actual, expected, rtol=1e-12)
-    with pytest.raises(ValueError, match=r"is not that of adamjax.*'embed/table', after 10 steps"):
-        convert.from_optax(young, ours, middle, theirs)
-    _, young = ours_taken(ours, params, ours.init(params), noises[:2])
-    with pytest.raises(ValueError, match=r"is not that of adamjax.*'embed/table', after 2 steps"):
-        convert.to_optax(young, ours, middle, theirs)
-
-
-def test_optax_amsgrad_by_as_much_as_is_said(x64):
-    """What `rtol` lets pass is as large as the message says, and no larger than it."""
-    theirs, ours = optax.amsgrad(RATE), adamjax.amsgrad(RATE, eps=1e-8)
-    params, noises = new_params(), noise()
-    (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
-    state = (state[0]._replace(count=jnp.asarray(8_000, jnp.int32)), *state[1:])
-    with pytest.raises(ValueError, match="rtol=") as refused:
-        convert.from_optax(state, ours, middle, theirs)
-    rtol = float(re.search(r"rtol=(\S+)", str(refused.value))[1])
-    assert 1e-4 < rtol < 2e-4
-    converted = convert.from_optax(state, ours, middle, theirs, rtol=rtol)
-    expected, _ = taken(theirs, middle, state, noises[BEFORE:][:1])
-    actual, _ = ours_taken(ours, middle, converted, noises[BEFORE:][:1])
-    for a, b, p in zip(*map(jax.tree.leaves, (actual, expected, middle)), strict=True):
-        apart = np.max(np.abs(a - b) / np.abs(b - p))
-        assert 0.1 * rtol < apart <= rtol
-
-
-def test_adamax_with_epsilon_inside_the_maximum():
-    theirs, ours = optax.adamax(RATE), adamjax.adamax(RATE, eps=1e-8)
-    params, noises = new_params(np.float32), noise(dtype=np.float32)
-    (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
-    expected, _ = taken(theirs, middle, state, noises[BEFORE:])
-    converted = convert.from_optax(state, ours, middle, theirs, rtol=1e-6)
-    actual, _ = ours_taken(ours, middle, converted, noises[BEFORE:])
-    # optax' 1 - b1**t is off by 1.2e-7 / (1 - b1**t), here at most 2e-7 of the steps.
-    assert_close(actual, expected, rtol=2e-6)
-    tiny = {
-        name: jax.tree.map(lambda x: x * 1e-5, getattr(state[0], name)) for name in ("mu", "nu")
-    }
-    small = (state[0]._replace(**tiny), *state[1:])
-    with pytest.raises(ValueError, match=r"adamax is not that of adamjax: it adds epsilon inside"):
-        convert.from_optax(small, ours, middle, theirs)
-
-
-def test_the_epsilon_within_a_maximum_is_taken_out_and_put_back(x64):
-    theirs, ours = optax.adamax(RATE, eps=0.5), adamjax.adamax(RATE, eps=0.5)
-    params, n = new_params(), noise()[0]
-    (after,), state = taken(theirs, params, theirs.init(params), [n])
-    converted = convert.from_optax(state, ours, after, theirs, rtol=1e3)
-    sizes = jax.tree.map(lambda p, n: jnp.abs(gradient(p, n)), params, n)
-    assert_close(adamjax.get_slot(converted, "u"), sizes, rtol=1e-15)
-    back = convert.to_optax(converted, ours, after, theirs, rtol=1e3)
-    assert_close(back, state, rtol=1e-15)
-    with pytest.raises(ValueError, match=r"after 1 steps, the next step may differ by .*% between"):
-        convert.to_optax(converted, ours, after, theirs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -240,6 +167,33 @@ def test_rows_that_lag_behind_are_not_converted():
         convert.to_optax(state, ours, params, optax.adam(RATE))
 
 
+def test_rows_accumulated_amid_a_step_go_to_optax():
+    params = {"table": jnp.ones((20, 3)), "w": jnp.ones(4)}
+    theirs = micro_batches(optax.adam(0.1), 4)
+    tx = adamjax.accumulate_gradients(adam_like_optax(), 4, max_rows={"table": 10})
+    state, old = tx.init(params), theirs.init(params)
+    for i in range(2):
+        rows = adamjax.row_gradient(jnp.array([1, 3 + i]), jnp.ones((2, 3)), 20)
+        _, state = tx.update({"table": rows, "w": jnp.ones(4)}, state, params)
+        _, old = theirs.update({"table": rows.to_dense(), "w": jnp.ones(4)}, old, params)
+    assert_close(convert.to_optax(state, tx, params, theirs), old)
+
+
+def test_injected_rates_of_parts_that_have_taken_different_numbers_of_steps():
+    rule = optax.inject_hyperparams(optax.adam)(0.1)
+    parts = {"x": micro_batches(rule, 2), "y": micro_batches(rule, 3)}
+    theirs = optax.multi_transform(parts, LABELS)
+    ours = adamjax.partition(
+        [("a", adamjax.accumulate_gradients(adam_like_optax(), 2))],
+        default=adamjax.accumulate_gradients(adam_like_optax(), 3),
+    )
+    old = steps_of(theirs, 8)
+    state = convert.from_optax(old, ours, TWO, check=False)
+    back = convert.to_optax(state, ours, TWO, theirs, check=False)
+    states = back.inner_states["x"].inner_state, back.inner_states["y"].inner_state
+    assert [int(x.inner_opt_state.count) for x in states] == [4, 2]
+
+
 def test_an_average_is_given_where_there_is_none(x64):
     theirs = optax.adam(RATE)
     ours = adamjax.chain(adamjax.adam(RATE, eps=1e-8), adamjax.weight_ema(0.9))
@@ -251,6 +205,198 @@ def test_an_average_is_given_where_there_is_none(x64):
     converted = convert.from_optax(state, ours, params, theirs, average=average)
     assert_same(adamjax.averaged_weights(converted), average)
     assert [int(c) for c in (converted[0].count, converted[-1].count)] == [3, 3]
+
+
+# --- rules that optax defines differently ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "count"),
+    [
+        (optax.amsgrad(RATE), adamjax.amsgrad(RATE, eps=1e-8), 200_000),
+        (optax.nadam(RATE), adamjax.nadam(RATE, eps=1e-8), 2_000),
+    ],
+    ids=["amsgrad", "nadam"],
+)
+def test_rules_that_become_one_in_a_long_run(theirs, ours, count, x64):
+    """A state of a long run is one of a short run with its count set."""
+    params, noises = new_params(), noise()
+    (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
+    young = state
+    state = (state[0]._replace(count=jnp.asarray(count, jnp.int32)), *state[1:])
+    expected, _ = taken(theirs, middle, state, noises[BEFORE:])
+    converted = convert.from_optax(state, ours, middle, theirs)
+    actual, after = ours_taken(ours, middle, converted, noises[BEFORE:])
+    assert_close(actual, expected, rtol=1e-12)
+    back = convert.to_optax(after, ours, actual[-1], theirs)
+    expected, _ = ours_taken(ours, actual[-1], after, noises[:AFTER])
+    actual, _ = taken(theirs, actual[-1], back, noises[:AFTER])
+    assert_close(actual, expected, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"is not that of adamjax.*'embed/table', after 10 steps"):
+        convert.from_optax(young, ours, middle, theirs)
+    _, young = ours_taken(ours, params, ours.init(params), noises[:2])
+    with pytest.raises(ValueError, match=r"is not that of adamjax.*'embed/table', after 2 steps"):
+        convert.to_optax(young, ours, middle, theirs)
+
+
+def test_optax_amsgrad_by_as_much_as_is_said(x64):
+    """What `rtol` lets pass is as large as the message says, and no larger than it."""
+    theirs, ours = optax.amsgrad(RATE), adamjax.amsgrad(RATE, eps=1e-8)
+    params, noises = new_params(), noise()
+    (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
+    state = (state[0]._replace(count=jnp.asarray(8_000, jnp.int32)), *state[1:])
+    with pytest.raises(ValueError, match="rtol=") as refused:
+        convert.from_optax(state, ours, middle, theirs)
+    rtol = float(re.search(r"rtol=(\S+)", str(refused.value))[1])
+    assert 1e-4 < rtol < 2e-4
+    converted = convert.from_optax(state, ours, middle, theirs, rtol=rtol)
+    expected, _ = taken(theirs, middle, state, noises[BEFORE:][:1])
+    actual, _ = ours_taken(ours, middle, converted, noises[BEFORE:][:1])
+    for a, b, p in zip(*map(jax.tree.leaves, (actual, expected, middle)), strict=True):
+        apart = np.max(np.abs(a - b) / np.abs(b - p))
+        assert 0.1 * rtol < apart <= rtol
+
+
+def test_adamax_with_epsilon_inside_the_maximum():
+    theirs, ours = optax.adamax(RATE), adamjax.adamax(RATE, eps=1e-8)
+    params, noises = new_params(np.float32), noise(dtype=np.float32)
+    (*_, middle), state = taken(theirs, params, theirs.init(params), noises[:BEFORE])
+    expected, _ = taken(theirs, middle, state, noises[BEFORE:])
+    converted = convert.from_optax(state, ours, middle, theirs, rtol=1e-6)
+    actual, _ = ours_taken(ours, middle, converted, noises[BEFORE:])
+    # optax' 1 - b1**t is off by 1.2e-7 / (1 - b1**t), here at most 2e-7 of the steps.
+    assert_close(actual, expected, rtol=2e-6)
+    tiny = {
+        name: jax.tree.map(lambda x: x * 1e-5, getattr(state[0], name)) for name in ("mu", "nu")
+    }
+    small = (state[0]._replace(**tiny), *state[1:])
+    with pytest.raises(ValueError, match=r"adamax is not that of adamjax: it adds epsilon inside"):
+        convert.from_optax(small, ours, middle, theirs)
+
+
+def test_the_epsilon_within_a_maximum_is_taken_out_and_put_back(x64):
+    theirs, ours = optax.adamax(RATE, eps=0.5), adamjax.adamax(RATE, eps=0.5)
+    params, n = new_params(), noise()[0]
+    (after,), state = taken(theirs, params, theirs.init(params), [n])
+    converted = convert.from_optax(state, ours, after, theirs, rtol=1e3)
+    sizes = jax.tree.map(lambda p, n: jnp.abs(gradient(p, n)), params, n)
+    assert_close(adamjax.get_slot(converted, "u"), sizes, rtol=1e-15)
+    back = convert.to_optax(converted, ours, after, theirs, rtol=1e3)
+    assert_close(back, state, rtol=1e-15)
+    with pytest.raises(ValueError, match=r"after 1 steps, the next step may differ by .*% between"):
+        convert.to_optax(converted, ours, after, theirs)
+
+
+def test_the_epsilon_error_names_the_other_defaults_of_optax():
+    params = {"w": jnp.ones(2)}
+    old = optax.adamw(0.1)
+    with pytest.raises(ValueError, match=r"b1=0.9, b2=0.999, and weight_decay=1e-4 .*0.004"):
+        convert.from_optax(old.init(params), adamjax.adamw(0.1), params, old)
+
+
+# --- leaves and arrays ----------------------------------------------------------------------------
+
+
+def test_a_model_without_leaves():
+    theirs, ours = optax.adam(0.1), adam_like_optax()
+    assert_same(convert.from_optax(theirs.init({}), ours, {}, theirs), ours.init({}))
+
+
+def test_moments_of_complex_leaves():
+    params = {"a": jnp.ones(3, jnp.complex64), "b": jnp.ones(2)}
+    theirs, ours = optax.adam(0.1), adam_like_optax()
+    grads = {"a": jnp.array([1 + 2j, 3j, 0.5]), "b": jnp.ones(2)}
+    _, old = theirs.update(grads, theirs.init(params), params)
+    state = convert.from_optax(old, ours, params, theirs)
+    back = convert.to_optax(state, ours, params, theirs)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(old), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_adamax_of_complex_leaves_goes_on():
+    params = {"z": jnp.array([1 + 2j, 3 - 1j])}
+    theirs, ours = optax.adamax(0.01), adamjax.adamax(0.01, eps=1e-8)
+    old = steps_of(theirs, 20, params)
+    assert jnp.iscomplexobj(old[0].nu["z"])
+    state = convert.from_optax(old, ours, params, optimizer=theirs, rtol=1e-4)
+    assert_close(adamjax.get_slot(state, "u")["z"], jnp.abs(params["z"]), rtol=1e-3)
+
+
+def test_a_state_is_where_the_parameters_are_committed():
+    """Otherwise the second step would be compiled again."""
+    device = jax.devices()[0]
+    theirs, ours = optax.adam(0.1), adam_like_optax()
+    for params in (TWO, jax.device_put(TWO, device)):
+        is_committed = params["a"].committed
+        state = convert.from_optax(steps_of(theirs, 2, params), ours, params, theirs, check=False)
+        counts = [x for x in jax.tree.leaves(state) if x.shape == ()]
+        assert counts
+        assert all(x.committed == is_committed for x in counts)
+
+
+def test_a_state_that_is_traced_is_refused():
+    tx, params = adamjax.adam(RATE, eps=1e-8), jax.tree.map(jnp.asarray, PARAMS)
+    with pytest.raises(ValueError, match=r"the count of 'a' is being traced.* outside of jit"):
+        jax.jit(lambda s: convert.from_optax(s, tx, params, OLD))(old_state())
+
+
+# --- moments and counts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s._replace(count=jnp.array(-1)), "count of 'w' is .*whole number"),
+        (lambda s: s._replace(count=jnp.array(1.5)), "count of 'w' is .*whole number"),
+        (lambda s: s._replace(nu={"w": -s.nu["w"]}), "nu has values below 0"),
+        (lambda s: s._replace(mu=s.nu, nu=s.mu), "larger than nu allows|values below 0"),
+        (lambda s: s._replace(mu={"w": 1e3 * s.mu["w"]}), "mu is larger than nu allows"),
+        (lambda s: s._replace(count=jnp.array(0)), "not 0 after 0 steps"),
+    ],
+    ids=["negative", "fraction", "v below 0", "swapped", "too large", "no steps"],
+)
+def test_moments_that_no_gradients_leave_are_refused(change, message):
+    params, old = {"w": jnp.ones(3)}, optax.adam(0.1)
+    g = {"w": jnp.array([300.0, -2.0, 0.01])}
+    _, state = old.update(g, old.init(params), params)
+    tx = adamjax.adam(0.1, eps=1e-8)
+    convert.from_optax(state, tx, params, old)
+    with pytest.raises(ValueError, match=f"from_optax: .*{message}"):
+        convert.from_optax((change(state[0]), *state[1:]), tx, params, old)
+
+
+def test_moments_whose_squares_are_too_small_for_float16():
+    params, old = {"w": jnp.ones(3, jnp.float16)}, optax.adam(0.1, eps=1e-4)
+    state = old.init(params)
+    for _ in range(3):
+        _, state = old.update({"w": jnp.full(3, 1e-4, jnp.float16)}, state, params)
+    assert not np.any(state[0].nu["w"])
+    made = convert.from_optax(state, adamjax.adam(0.1, eps=1e-4), params, old)
+    assert_same(adamjax.get_slot(made, "m")["w"], state[0].mu["w"].astype(jnp.float32))
+    large = state[0]._replace(mu={"w": jnp.ones(3, jnp.float16)})
+    with pytest.raises(ValueError, match="mu is larger than nu allows"):
+        convert.from_optax((large, *state[1:]), adamjax.adam(0.1, eps=1e-4), params, old)
+
+
+@pytest.mark.parametrize("count", [-3, 2.7, None, jnp.ones((2, 3))], ids=str)
+def test_a_count_of_skipped_steps_that_is_none_is_refused(count):
+    params = {"w": jnp.ones(3)}
+    theirs = optax.apply_if_finite(optax.adam(0.1), 3)
+    state = theirs.init(params)
+    tx = adamjax.skip_not_finite(adamjax.adam(0.1, eps=1e-8))
+    with pytest.raises((TypeError, ValueError), match="from_optax: the count of total_notfinite"):
+        convert.from_optax(state._replace(total_notfinite=count), tx, params, theirs)
+
+
+def test_more_micro_batches_than_a_step_takes():
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = old_state(tx=optax.MultiSteps(OLD, 8).gradient_transformation(), count=3)
+    tx = adamjax.accumulate_gradients(adamjax.adam(RATE, eps=1e-8), 2)
+    with pytest.raises(ValueError, match=r"accumulated 3 micro-batches.*a step of tx takes 2"):
+        convert.from_optax(state, tx, params, OLD)
+
+
+# --- states of other optimizers, structures and parameters ----------------------------------------
 
 
 REFUSED = {
@@ -315,155 +461,6 @@ def test_what_does_not_fit_is_refused(name):
         convert.from_optax(state, tx, jax.tree.map(jnp.asarray, PARAMS), OLD)
 
 
-def test_states_that_were_restored_without_their_classes():
-    params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
-    bare = [dict(optax.adam(0.1).init(params)[0]._asdict()), {}]
-    for restored in (bare, {}):
-        with pytest.raises(ValueError, match=r"moments of no leaf, .*restored without its classes"):
-            convert.from_optax(restored, tx, params, OLD)
-    for restored in (bare, (bare[0], {}), {"0": bare[0]}):
-        with pytest.raises(TypeError, match=r"the state is a \w+, expected .*without its classes"):
-            tx.update(params, restored, params)
-    mended = jax.tree.structure(tx.init(params)).unflatten(jax.tree.leaves(tx.init(params)))
-    assert_same(mended, tx.init(params))
-
-
-@pytest.mark.parametrize(
-    "theirs",
-    [
-        lambda: optax.adabelief(0.1),
-        lambda: optax.yogi(0.1),
-        lambda: optax.adan(0.1),
-        lambda: optax.lion(0.1),
-        lambda: optax.novograd(0.1),
-        lambda: optax.rmsprop(0.1, momentum=0.9),
-        lambda: optax.adafactor(0.1),
-        lambda: optax.contrib.schedule_free_adamw(0.1),
-    ],
-)
-def test_of_optax_states_only_adams_are_taken(theirs):
-    theirs, params = theirs(), {"w": jnp.ones((3, 2))}
-    _, state = theirs.update({"w": jnp.full((3, 2), 0.3)}, theirs.init(params), params)
-    if type(theirs).__name__ and any(type(x).__name__ == "ScaleByAdamState" for x in state):
-        pytest.skip("its state is of Adam's class")
-    for tx in (adamjax.adam(0.1, eps=1e-8), adamjax.amsgrad(0.1, eps=1e-8)):
-        with pytest.raises(ValueError, match="from_optax: "):
-            convert.from_optax(state, tx, params, theirs)
-
-
-def test_the_epsilon_error_names_the_other_defaults_of_optax():
-    params = {"w": jnp.ones(2)}
-    old = optax.adamw(0.1)
-    with pytest.raises(ValueError, match=r"b1=0.9, b2=0.999, and weight_decay=1e-4 .*0.004"):
-        convert.from_optax(old.init(params), adamjax.adamw(0.1), params, old)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s._replace(count=jnp.array(-1)), "count of 'w' is .*whole number"),
-        (lambda s: s._replace(count=jnp.array(1.5)), "count of 'w' is .*whole number"),
-        (lambda s: s._replace(nu={"w": -s.nu["w"]}), "nu has values below 0"),
-        (lambda s: s._replace(mu=s.nu, nu=s.mu), "larger than nu allows|values below 0"),
-        (lambda s: s._replace(mu={"w": 1e3 * s.mu["w"]}), "mu is larger than nu allows"),
-        (lambda s: s._replace(count=jnp.array(0)), "not 0 after 0 steps"),
-    ],
-    ids=["negative", "fraction", "v below 0", "swapped", "too large", "no steps"],
-)
-def test_moments_that_no_gradients_leave_are_refused(change, message):
-    params, old = {"w": jnp.ones(3)}, optax.adam(0.1)
-    g = {"w": jnp.array([300.0, -2.0, 0.01])}
-    _, state = old.update(g, old.init(params), params)
-    tx = adamjax.adam(0.1, eps=1e-8)
-    convert.from_optax(state, tx, params, old)
-    with pytest.raises(ValueError, match=f"from_optax: .*{message}"):
-        convert.from_optax((change(state[0]), *state[1:]), tx, params, old)
-
-
-def test_moments_whose_squares_are_too_small_for_float16():
-    params, old = {"w": jnp.ones(3, jnp.float16)}, optax.adam(0.1, eps=1e-4)
-    state = old.init(params)
-    for _ in range(3):
-        _, state = old.update({"w": jnp.full(3, 1e-4, jnp.float16)}, state, params)
-    assert not np.any(state[0].nu["w"])
-    made = convert.from_optax(state, adamjax.adam(0.1, eps=1e-4), params, old)
-    assert_same(adamjax.get_slot(made, "m")["w"], state[0].mu["w"].astype(jnp.float32))
-    large = state[0]._replace(mu={"w": jnp.ones(3, jnp.float16)})
-    with pytest.raises(ValueError, match="mu is larger than nu allows"):
-        convert.from_optax((large, *state[1:]), adamjax.adam(0.1, eps=1e-4), params, old)
-
-
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        ({"a": np.ones(2), "b": np.ones(4)}, r"leaf 'b' is of shape \[4\] in params and of shape"),
-        ({"a": np.ones(2), "c": np.ones(3)}, r"leaf 'b' is not there in params and of shape \[3\]"),
-        ({**PARAMS, "c": np.ones(3)}, r"leaf 'c' is of shape \[3\] in params and not there in"),
-    ],
-    ids=["shape", "name", "more"],
-)
-def test_parameters_of_another_state_are_refused(params, message):
-    """What a target says is compared by the paths of the parameters: of others nothing would be."""
-    own, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE)
-    with pytest.raises(ValueError, match=message):
-        convert.to_optax(tx.init(own), tx, jax.tree.map(jnp.asarray, params), OLD)
-
-
-def test_a_state_that_is_traced_is_refused():
-    tx, params = adamjax.adam(RATE, eps=1e-8), jax.tree.map(jnp.asarray, PARAMS)
-    with pytest.raises(ValueError, match=r"the count of 'a' is being traced.* outside of jit"):
-        jax.jit(lambda s: convert.from_optax(s, tx, params, OLD))(old_state())
-
-
-# Their states are of Adam's class.
-LIKE_ADAM = {
-    *("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "radam", "lamb", "yogi", "adopt"),
-}
-
-
-def optax_optimizers():
-    for module in (optax, optax.contrib):
-        for name, make in sorted(vars(module).items()):
-            if callable(make) and not isinstance(make, type) and not name.startswith("_"):
-                try:
-                    parameters = inspect.signature(make).parameters
-                except (TypeError, ValueError):
-                    continue
-                if "learning_rate" in parameters:
-                    yield name, make
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_all_of_optax_but_adams_are_refused():
-    """Those of future versions too."""
-    params, taken, seen = {"w": jnp.ones((3, 2))}, set(), 0
-    txs = (adamjax.adam, adamjax.amsgrad, adamjax.adamax, adamjax.nadam)
-    for name, make in optax_optimizers():
-        try:
-            theirs = make(learning_rate=0.1)
-            state = theirs.init(params)
-        except (AttributeError, TypeError, ValueError):
-            continue  # one that asks for more
-        seen += 1
-        for tx in txs:
-            ours = tx(0.1, eps=1e-8)
-            try:
-                convert.from_optax(state, ours, params, theirs, rtol=10.0)
-            except (TypeError, ValueError) as error:
-                assert "from_optax: " in str(error)  # noqa: PT017
-                if name not in LIKE_ADAM:
-                    with pytest.raises((TypeError, ValueError), match="to_optax: "):
-                        convert.to_optax(ours.init(params), ours, params, theirs, rtol=10.0)
-            else:
-                taken.add((name, tx.__name__))
-    assert seen > 20
-    names = {tx: {name for name, other in taken if other == tx} for _, tx in taken}
-    assert names["adam"] == {"adam"}
-    assert names["amsgrad"] == {"amsgrad"}
-    # Of other forms, as much may differ as rtol says.
-    assert {"adamax", "nadam"} <= names["adamax"] | names["nadam"] <= LIKE_ADAM
-
-
 class MyState(NamedTuple):
     """As Adam's, of something else."""
 
@@ -526,12 +523,105 @@ def test_strange_states_of_optax_are_refused(name):
         convert.from_optax(make(), tx, jax.tree.map(jnp.asarray, PARAMS), OLD)
 
 
-def test_more_micro_batches_than_a_step_takes():
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    state = old_state(tx=optax.MultiSteps(OLD, 8).gradient_transformation(), count=3)
-    tx = adamjax.accumulate_gradients(adamjax.adam(RATE, eps=1e-8), 2)
-    with pytest.raises(ValueError, match=r"accumulated 3 micro-batches.*a step of tx takes 2"):
-        convert.from_optax(state, tx, params, OLD)
+def test_states_that_were_restored_without_their_classes():
+    params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
+    bare = [dict(optax.adam(0.1).init(params)[0]._asdict()), {}]
+    for restored in (bare, {}):
+        with pytest.raises(ValueError, match=r"moments of no leaf, .*restored without its classes"):
+            convert.from_optax(restored, tx, params, OLD)
+    for restored in (bare, (bare[0], {}), {"0": bare[0]}):
+        with pytest.raises(TypeError, match=r"the state is a \w+, expected .*without its classes"):
+            tx.update(params, restored, params)
+    mended = jax.tree.structure(tx.init(params)).unflatten(jax.tree.leaves(tx.init(params)))
+    assert_same(mended, tx.init(params))
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        lambda: optax.adabelief(0.1),
+        lambda: optax.yogi(0.1),
+        lambda: optax.adan(0.1),
+        lambda: optax.lion(0.1),
+        lambda: optax.novograd(0.1),
+        lambda: optax.rmsprop(0.1, momentum=0.9),
+        lambda: optax.adafactor(0.1),
+        lambda: optax.contrib.schedule_free_adamw(0.1),
+    ],
+)
+def test_of_optax_states_only_adams_are_taken(theirs):
+    theirs, params = theirs(), {"w": jnp.ones((3, 2))}
+    _, state = theirs.update({"w": jnp.full((3, 2), 0.3)}, theirs.init(params), params)
+    if type(theirs).__name__ and any(type(x).__name__ == "ScaleByAdamState" for x in state):
+        pytest.skip("its state is of Adam's class")
+    for tx in (adamjax.adam(0.1, eps=1e-8), adamjax.amsgrad(0.1, eps=1e-8)):
+        with pytest.raises(ValueError, match="from_optax: "):
+            convert.from_optax(state, tx, params, theirs)
+
+
+# Their states are of Adam's class.
+LIKE_ADAM = {
+    *("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "radam", "lamb", "yogi", "adopt"),
+}
+
+
+def optax_optimizers():
+    for module in (optax, optax.contrib):
+        for name, make in sorted(vars(module).items()):
+            if callable(make) and not isinstance(make, type) and not name.startswith("_"):
+                try:
+                    parameters = inspect.signature(make).parameters
+                except (TypeError, ValueError):
+                    continue
+                if "learning_rate" in parameters:
+                    yield name, make
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_of_optax_but_adams_are_refused():
+    """Those of future versions too."""
+    params, taken, seen = {"w": jnp.ones((3, 2))}, set(), 0
+    txs = (adamjax.adam, adamjax.amsgrad, adamjax.adamax, adamjax.nadam)
+    for name, make in optax_optimizers():
+        try:
+            theirs = make(learning_rate=0.1)
+            state = theirs.init(params)
+        except (AttributeError, TypeError, ValueError):
+            continue  # one that asks for more
+        seen += 1
+        for tx in txs:
+            ours = tx(0.1, eps=1e-8)
+            try:
+                convert.from_optax(state, ours, params, theirs, rtol=10.0)
+            except (TypeError, ValueError) as error:
+                assert "from_optax: " in str(error)  # noqa: PT017
+                if name not in LIKE_ADAM:
+                    with pytest.raises((TypeError, ValueError), match="to_optax: "):
+                        convert.to_optax(ours.init(params), ours, params, theirs, rtol=10.0)
+            else:
+                taken.add((name, tx.__name__))
+    assert seen > 20
+    names = {tx: {name for name, other in taken if other == tx} for _, tx in taken}
+    assert names["adam"] == {"adam"}
+    assert names["amsgrad"] == {"amsgrad"}
+    # Of other forms, as much may differ as rtol says.
+    assert {"adamax", "nadam"} <= names["adamax"] | names["nadam"] <= LIKE_ADAM
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"a": np.ones(2), "b": np.ones(4)}, r"leaf 'b' is of shape \[4\] in params and of shape"),
+        ({"a": np.ones(2), "c": np.ones(3)}, r"leaf 'b' is not there in params and of shape \[3\]"),
+        ({**PARAMS, "c": np.ones(3)}, r"leaf 'c' is of shape \[3\] in params and not there in"),
+    ],
+    ids=["shape", "name", "more"],
+)
+def test_parameters_of_another_state_are_refused(params, message):
+    """What a target says is compared by the paths of the parameters: of others nothing would be."""
+    own, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE)
+    with pytest.raises(ValueError, match=message):
+        convert.to_optax(tx.init(own), tx, jax.tree.map(jnp.asarray, params), OLD)
 
 
 def test_a_state_of_another_transform_with_other_shapes_is_not_copied():
@@ -541,6 +631,23 @@ def test_a_state_of_another_transform_with_other_shapes_is_not_copied():
     tx = adamjax.chain(optax.trace(0.9), adamjax.adam(RATE, eps=1e-8))
     with pytest.raises(ValueError, match=r"the source has no TraceState of these shapes"):
         convert.from_optax(state, tx, params, OLD)
+
+
+def test_a_state_in_one_vector_is_split_as_the_error_says():
+    theirs, ours = optax.adam(0.1), adam_like_optax()
+    flat = optax.flatten(theirs)
+    old = steps_of(flat, 3)
+    with pytest.raises(ValueError, match=r"in one vector of 9, as in optax\.flatten.*split it, "):
+        convert.from_optax(old, ours, TWO, flat)
+    with pytest.raises(ValueError, match=r"one vector for all leaves.*leave flatten out"):
+        convert.to_optax(ours.init(TWO), ours, TWO, flat)
+    unravel = jax.flatten_util.ravel_pytree(TWO)[1]
+    old = jax.tree.map(lambda x: unravel(x) if x.ndim else x, old)
+    assert_close(old, steps_of(theirs, 3), rtol=1e-6)
+    convert.from_optax(old, ours, TWO, theirs)
+
+
+# --- the order of states --------------------------------------------------------------------------
 
 
 def test_the_order_of_a_named_chain_is_not_guessed():
@@ -562,16 +669,6 @@ def test_the_order_of_a_named_chain_is_not_guessed():
     assert_close(converted[1].m, state["a"].mu, rtol=0)
 
 
-@pytest.mark.parametrize("count", [-3, 2.7, None, jnp.ones((2, 3))], ids=str)
-def test_a_count_of_skipped_steps_that_is_none_is_refused(count):
-    params = {"w": jnp.ones(3)}
-    theirs = optax.apply_if_finite(optax.adam(0.1), 3)
-    state = theirs.init(params)
-    tx = adamjax.skip_not_finite(adamjax.adam(0.1, eps=1e-8))
-    with pytest.raises((TypeError, ValueError), match="from_optax: the count of total_notfinite"):
-        convert.from_optax(state._replace(total_notfinite=count), tx, params, theirs)
-
-
 def test_states_of_optax_in_a_dictionary_have_no_order():
     """JAX sorts its keys, so that nothing shows which of two states is which."""
     parts = {name: optax.chain(optax.adam(0.1), plateau(0.5)) for name in "zy"}
@@ -591,12 +688,45 @@ def test_states_of_optax_in_a_dictionary_have_no_order():
         convert.to_optax(state, ours, TWO, theirs)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_steps_in_narrow_dtypes_are_compared_closely(dtype):
-    params = jax.tree.map(lambda x: x.astype(dtype), TWO)
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def test_arguments_in_another_order_are_refused_by_name():
     theirs, ours = optax.adam(0.1), adam_like_optax()
-    old = steps_of(theirs, 3, params)
-    convert.from_optax(old, ours, params, optimizer=theirs)
-    # Steps are compared in float32.
-    with pytest.raises(ValueError, match=MOVES):
-        convert.from_optax(old, adam_like_optax(0.102), params, optimizer=theirs)
+    old, new = theirs.init(TWO), ours.init(TWO)
+    first = r"is a transform, .*expected the state .*pass the state first, then tx"
+    second = r"tx is a tuple of \(\S*ScaleByAdamState, \S*\), expected a transform of adamjax"
+    for message, owner, call in (
+        (first, "from_optax: source_state", lambda: convert.from_optax(ours, old, TWO, theirs)),
+        (first, "from_optax: source_state", lambda: convert.from_optax(theirs, ours, TWO, theirs)),
+        (first, "to_optax: state", lambda: convert.to_optax(ours, new, TWO, theirs)),
+        (second, "from_optax: ", lambda: convert.from_optax(old, old, TWO, theirs)),
+        (second, "to_optax: ", lambda: convert.to_optax(new, new, TWO, theirs)),
+    ):
+        with pytest.raises(TypeError, match=f"^{owner}.*{message}") as error:
+            call()
+        assert "Array(" not in str(error.value)
+    with pytest.raises(ValueError, match=r"to_optax: .*another structure than tx\.init\(params\)"):
+        convert.to_optax(new, theirs, TWO, theirs)
+    turned = {**TWO, "b": jnp.ones((3, 2))}
+    with pytest.raises(ValueError, match=r"are params those that the state belongs to"):
+        convert.from_optax(old, ours, turned, theirs)
+
+
+def test_an_optimizer_that_did_not_make_the_state_is_refused():
+    state, ours = optax.adam(0.1).init(TWO), adam_like_optax()
+    for none in (0.1, {}):
+        with pytest.raises(TypeError, match=r"optimizer is .*, expected the transform of optax"):
+            convert.from_optax(state, ours, TWO, optimizer=none)
+    for other in (optax.adam(FALLS), micro_batches(optax.adam(0.1), 2), optax.sgd(0.1)):
+        with pytest.raises(ValueError, match=r"another structure than optimizer\.init"):
+            convert.from_optax(state, ours, TWO, optimizer=other)
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    opt, params = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param), nnx.state(model, nnx.Param)
+    with pytest.raises(TypeError, match=r"of an nnx\.Optimizer its tx"):
+        convert.from_optax(opt.opt_state, ours, params, optimizer=opt)
+    with pytest.raises(ValueError, match=r"of flax\.nnx, pass nnx\.as_pure"):
+        convert.from_optax(nnx.state(opt), ours, params, optimizer=opt.tx)
+    as_pure = getattr(nnx, "as_pure", None) or nnx.pure
+    convert.from_optax(as_pure(opt.opt_state), ours, as_pure(params), optimizer=opt.tx)

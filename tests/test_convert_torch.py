@@ -8,14 +8,12 @@ import numpy as np
 import optax
 import pytest
 from conversions import (
-    ADAM,
     BEFORE,
     PARAMS,
     PATHS,
     RATE,
     TWO,
     adam_like_optax,
-    conversions,
     dense_taken,
     exact_taken,
     fresh_torch,
@@ -35,6 +33,9 @@ from support import assert_close, assert_same
 
 import adamjax
 from adamjax import convert
+
+# --- runs that change their optimizer -------------------------------------------------------------
+
 
 # For a torch optimizer before its first step, which shows neither orders nor transpositions.
 FRESH = {"order": PATHS, "adapt": lambda path, x: x}
@@ -313,121 +314,52 @@ def test_torch_in_float32_and_bfloat16(torch):
     assert torch.equal(theirs.optimizer.state_dict()["state"][1]["exp_avg"], kept)
 
 
-TORCH_REFUSED = {
-    "epsilon": (
-        {"eps": 1e-6},
-        r"'a': torch has eps=1e-06, tx has eps=1e-08: build tx with eps=1e-06",
-    ),
-    "betas": ({"betas": (0.9, 0.99)}, r"b2=0.99, tx has b2=0.999"),
-    "betas close to 1": ({"betas": (0.9, 0.9990009)}, r"b2=0.9990009, tx has b2=0.999"),
-    "rate": ({"lr": 0.5}, r"a learning rate of 0.5, tx has 0.0625 for the next step"),
-    "decay": (
-        {"weight_decay": 0.5},
-        r"a weight decay of 0.5, tx has 0 before its rule and 0 after it: put "
-        r"add_decayed_weights\(0.5\) before the rule",
-    ),
-    "decoupled decay": (
-        {"weight_decay": 0.5, "decoupled_weight_decay": True},
-        r"put add_decayed_weights\(0.5\) after the rule",
-    ),
-    "amsgrad": ({"amsgrad": True}, r"those of amsgrad; for adam, expected"),
-    "momentum_decay": ({"momentum_decay": 0.004}, r"NAdam has momentum_decay=0.004"),
-}
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_fused_steps_of_torch_go_on(layout, torch):
+    """torch's fused step is wrong if moments are not laid out in memory like the parameter."""
+    memory_format = {
+        "contiguous": torch.contiguous_format,
+        "channels_last": torch.channels_last,
+    }[layout]
+    grads = np.random.default_rng(0).normal(size=(9, 2, 3, 2, 2)).astype(np.float32)
 
+    def of_torch(kernel):
+        return np.transpose(kernel, (3, 2, 0, 1))
 
-@pytest.mark.parametrize("name", TORCH_REFUSED)
-def test_what_torch_says_is_compared(name):
-    group, message = TORCH_REFUSED[name]
-    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
-    convert.from_torch(torch_state(), tx, params)
-    with pytest.raises(ValueError, match=message):
-        convert.from_torch(torch_state(group), tx, params)
-    convert.from_torch(torch_state({"betas": (0.9, float(np.float32(0.999)))}), tx, params)
-    state = tx.init(params)
-    convert.to_torch(state, tx, params, {**torch_state(), "state": {}}, order=["a", "b"])
-    # The error begins alike, and then also says how to change the target.
-    start = re.split("those of amsgrad|(?<=[a-z0-9]): (?:build|put|begin)", message)[0]
-    with pytest.raises(ValueError, match=f"to_torch: .*{start}"):
-        convert.to_torch(state, tx, params, {**torch_state(group), "state": {}}, order=["a", "b"])
+    def of_jax(weight):
+        return np.transpose(weight, (2, 3, 1, 0))
 
+    def new():
+        p = torch.nn.Parameter(torch.zeros(2, 3, 2, 2).to(memory_format=memory_format))
+        return p, torch.optim.Adam([p], lr=0.1, fused=True)
 
-def test_a_step_of_torch_may_be_an_array_of_one_element():
-    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
-    given = torch_state()
-    for held in given["state"].values():
-        held["step"] = np.array([5.0], np.float32)
-    state = convert.from_torch(given, tx, params)
-    assert int(adamjax.step_count(state)) == 5
-    assert convert.to_torch(state, tx, params, given)["state"][0]["step"] == 5
-    given["state"][0]["step"] = np.array([5.0, 5.0], np.float32)
-    with pytest.raises(ValueError, match="states of several runs one by one"):
-        convert.from_torch(given, tx, params)
+    def train(p, optimizer, grads):
+        for g in grads:
+            p.grad = torch.tensor(g).to(memory_format=memory_format)
+            optimizer.step()
 
-
-def test_moments_of_torch_are_not_rounded_from_its_first_step_on_either():
-    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8, m_dtype="bfloat16")
-    taken, fresh = torch_state(exp_avg=PARAMS["a"] * 0.3), {**torch_state(), "state": {}}
-    for given in (taken, fresh):
-        with pytest.raises(ValueError, match=r"m of 'a' is .* and would be rounded to bfloat16"):
-            convert.from_torch(given, tx, params)
-        convert.from_torch(given, tx, params, check=False)
-    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    convert.from_torch(fresh, tx, narrow)
-
-
-def test_an_error_says_how_a_target_gets_the_rate_of_tx(torch):
-    params = [jnp.ones(3)]
-    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))], lr=0.1)
-    tx = adamjax.adam(0.05, eps=1e-8)
-    message = (
-        r"take state_dict\(\) after the scheduler is at this step, or after lr .*what torch has"
+    p, optimizer = new()
+    train(p, optimizer, grads[:3])
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"kernel": jnp.array(of_jax(p.detach().numpy()))}
+    state = convert.from_torch(
+        optimizer.state_dict(), tx, params, adapt=lambda path, x: np.transpose(x, (2, 3, 1, 0))
     )
-    with pytest.raises(ValueError, match=message):
-        convert.to_torch(tx.init(params), tx, params, optimizer.state_dict())
-    optimizer.param_groups[0]["lr"] = float(adamjax.learning_rate(tx, tx.init(params)))
-    convert.to_torch(tx.init(params), tx, params, optimizer.state_dict())
-
-
-def test_a_parameter_that_torch_never_trained():
-    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
-    kept = torch_state()
-    del kept["state"][1]
-    message = (
-        r"'a' has taken 1 steps and 'b' 0.*None in order=.*set_to_zero.*no gradient.*partition; "
-        r"each part calls its schedule .* lambda count: schedule\(count \+ 1\)"
+    other, other_optimizer = new()
+    train(other, other_optimizer, grads[:1])  # so that the target shows the layout of moments
+    new_state = convert.to_torch(
+        state, tx, params, other_optimizer.state_dict(), adapt=lambda path, x: of_torch(x)
     )
-    with pytest.raises(ValueError, match=message):
-        convert.from_torch(kept, tx, params)
-    apart = adamjax.partition([("a", tx)], default=tx)
-    state = convert.from_torch(kept, apart, params)
-    assert [int(s[0].count) for s in state] == [1, 0]
-    # torch decays only what has a gradient.
-    decay = {"weight_decay": 0.1, "decoupled_weight_decay": True}
-    decays = {**torch_state(decay), "state": kept["state"]}
-    adamw = adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1)
-    apart = adamjax.partition([("a", adamw)], default=adamw)
-    with pytest.raises(ValueError, match=r"none of 'b', .*None in order=.*set_to_zero.*check=F"):
-        convert.from_torch(decays, apart, params)
-    convert.from_torch(decays, apart, params, check=False)
-    frozen = adamjax.partition([("b", adamjax.set_to_zero())], default=adamw)
-    convert.from_torch(decays, frozen, params, order=["a", None])
-    convert.from_torch({**decays, "state": {}}, adamw, params)
-    only = adamjax.masked(tx, "a")
-    state = convert.from_torch(kept, only, params, order=["a", None])
-    assert int(adamjax.step_count(state)) == 1
-    with pytest.raises(TypeError, match=r"expected optimizer.state_dict\(\) of torch"):
-        convert.from_torch({"state": {}}, tx, params)
+    other_optimizer.load_state_dict(
+        jax.tree.map(lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x, new_state)
+    )
+    with torch.no_grad():
+        other.copy_(torch.from_numpy(of_torch(np.array(params["kernel"])).copy()))
+    for one in ((p, optimizer), (other, other_optimizer)):
+        train(*one, grads[3:])
+    assert_close(other.detach().numpy(), p.detach().numpy(), rtol=1e-6)
 
 
-def test_an_order_of_torch_by_name():
-    tx, params = adamjax.adam(RATE, eps=1e-7), {"x": jnp.ones(2), "y": jnp.ones(2)}
-    kept = numbered_torch([(2,), (2,), (2,)])
-    kept["param_groups"][0]["param_names"] = ["b", "a", "c"]
-    order = {"a": "x", "b": "y", "c": None}
-    m = adamjax.get_slot(convert.from_torch(kept, tx, params, order=order), "m")
-    assert_same(m, {"x": jnp.full(2, 2.0), "y": jnp.full(2, 1.0)})
-    with pytest.raises(ValueError, match=r"order has the names \['a', 'b'\], which do not corr"):
-        convert.from_torch(kept, tx, params, order={"a": "x", "b": "y"})
+# --- which optimizers are converted ---------------------------------------------------------------
 
 
 def built_torch(name, named=False, **options):
@@ -449,6 +381,8 @@ ADAMS_OF_TORCH = {
     "Adamax": lambda: adamjax.adamax(0.1, eps=1e-8),
     "SparseAdam": lambda: adamjax.adam(0.1, eps_hat=1e-8, rows="lazy"),
 }
+
+
 OTHER_TORCH = [
     *("SGD", "RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD", "RAdam", "Adafactor", "LBFGS"),
     *("NAdam", "Muon"),
@@ -469,38 +403,6 @@ def test_of_torch_optimizers_only_adams_are_taken(name, torch):
         message = "from_torch: (a group of torch has the options|torch's NAdam)"
         with pytest.raises(ValueError, match=message):
             convert.from_torch(state_dict, adamjax.adam(0.1, eps=1e-8), params)
-
-
-def test_the_names_of_torch_parameters_are_heeded(torch):
-    """Leaves of one shape in another order would take each other's moments."""
-    leaves = {name: torch.nn.Parameter(torch.ones(2)) for name in ("b", "a")}
-    optimizer = torch.optim.Adam(list(leaves.items()), lr=0.1)
-    for i, p in enumerate(leaves.values()):
-        p.grad = torch.full((2,), i + 1.0)
-    optimizer.step()
-    tx, params = adamjax.adam(0.1, eps=1e-8), {"a": jnp.ones(2), "b": jnp.ones(2)}
-    m = adamjax.get_slot(convert.from_torch(optimizer.state_dict(), tx, params), "m")
-    assert_close(m, {"a": jnp.full(2, 0.2), "b": jnp.full(2, 0.1)}, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"order has 'a' in the place of torch's 'b'"):
-        convert.from_torch(optimizer.state_dict(), tx, params, order=["a", "b"])
-    other = {"x": jnp.ones(2), "y": jnp.ones(2)}
-    with pytest.raises(ValueError, match=r"names its parameters \['b', 'a'\].*give order="):
-        convert.from_torch(optimizer.state_dict(), tx, other)
-    m = adamjax.get_slot(
-        convert.from_torch(optimizer.state_dict(), tx, other, order=["y", "x"]), "m"
-    )
-    assert_close(m, {"x": jnp.full(2, 0.2), "y": jnp.full(2, 0.1)}, rtol=1e-6)
-
-
-def test_maximize_is_a_negation():
-    state_dict = built_torch("Adam", maximize=True)
-    params, plain = {"w": jnp.ones((3, 2))}, adamjax.adam(0.1, eps=1e-8)
-    negated = adamjax.chain(adamjax.scale(-1.0), plain)
-    convert.from_torch(state_dict, negated, params)
-    with pytest.raises(ValueError, match=r"maximize=True.*begin tx with scale\(-1.0\)"):
-        convert.from_torch(state_dict, plain, params)
-    with pytest.raises(ValueError, match=r"gradients as they are, tx has scale.*leave it out"):
-        convert.from_torch(built_torch("Adam"), negated, params)
 
 
 def test_all_of_torch_optimizers_but_adams_are_refused(torch):
@@ -531,6 +433,48 @@ def test_all_of_torch_optimizers_but_adams_are_refused(torch):
                 convert.to_torch(state, tx, params, kept, adapt=lambda path, x: x)
     adams = {("Adam", "adam"), ("AdamW", "adam"), ("Adamax", "adamax"), ("NAdam", "nadam")}
     assert taken == {*adams, ("SparseAdam", "lazy")}
+
+
+# --- state dicts ----------------------------------------------------------------------------------
+
+
+def test_a_step_of_torch_may_be_an_array_of_one_element():
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
+    given = torch_state()
+    for held in given["state"].values():
+        held["step"] = np.array([5.0], np.float32)
+    state = convert.from_torch(given, tx, params)
+    assert int(adamjax.step_count(state)) == 5
+    assert convert.to_torch(state, tx, params, given)["state"][0]["step"] == 5
+    given["state"][0]["step"] = np.array([5.0, 5.0], np.float32)
+    with pytest.raises(ValueError, match="states of several runs one by one"):
+        convert.from_torch(given, tx, params)
+
+
+def test_moments_of_torch_are_not_rounded_from_its_first_step_on_either():
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8, m_dtype="bfloat16")
+    taken, fresh = torch_state(exp_avg=PARAMS["a"] * 0.3), {**torch_state(), "state": {}}
+    for given in (taken, fresh):
+        with pytest.raises(ValueError, match=r"m of 'a' is .* and would be rounded to bfloat16"):
+            convert.from_torch(given, tx, params)
+        convert.from_torch(given, tx, params, check=False)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    convert.from_torch(fresh, tx, narrow)
+
+
+def test_the_product_of_nadam_is_a_copy():
+    tx, n = adamjax.nadam(0.1, eps=1e-8), 40
+    for _ in range(n):  # Whether JAX would share memory depends on the address.
+        product = np.array(0.9 * (1 - 0.5 * 0.96), np.float32)
+        slots = {"exp_avg": np.full(2, 0.1, np.float32), "exp_avg_sq": np.ones(2, np.float32)}
+        group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
+        kept = {
+            "state": {0: {"step": 1, "mu_product": product, **slots}},
+            "param_groups": [{**group, "momentum_decay": 1.0}],
+        }
+        state = convert.from_torch(kept, tx, jnp.ones(2))
+        product[...] = 0
+        assert float(state[0].momentum_product) > 0.4
 
 
 TORCH_STRANGE = {
@@ -578,19 +522,62 @@ def test_strange_states_of_torch_are_refused(name):
         convert.from_torch(kept, tx, params)
 
 
-def test_what_schedulers_of_torch_note_for_themselves(torch):
-    params, tx = {"w": jnp.ones(2)}, adamjax.adam(adamjax.constant(0.1), eps=1e-8)
-    for cycle in (False, True):
-        optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=0.1)
-        options = {"max_lr": 0.1, "total_steps": 10, "div_factor": 1.0, "cycle_momentum": cycle}
-        torch.optim.lr_scheduler.OneCycleLR(optimizer, **options)
-        if cycle:
-            with pytest.raises(ValueError, match=r"OneCycleLR, CyclicLR\) changes betas"):
-                convert.from_torch(optimizer.state_dict(), tx, params)
-        else:
-            convert.from_torch(optimizer.state_dict(), tx, params)
-            with pytest.raises(ValueError, match=r"a schedule \(a scheduler has set initial_lr\)"):
-                convert.from_torch(optimizer.state_dict(), adamjax.adam(0.1, eps=1e-8), params)
+def with_group(**changes):
+    def change(found):
+        return {**found, "param_groups": [{**found["param_groups"][0], **changes}]}
+
+    return change
+
+
+def with_held(held):
+    return lambda found: {**found, "state": {**found["state"], 0: held(found["state"][0])}}
+
+
+MALFORMED = {
+    "a state": (lambda found: {**found, "state": [1]}, r"'state' is \[1\] of type list"),
+    "groups": (lambda found: {**found, "param_groups": None}, "'param_groups' is None"),
+    "a group": (lambda found: {**found, "param_groups": [3]}, "a group of 'param_groups' is 3"),
+    "no params": (with_group(params=None), "'params' of a group is None"),
+    "a number for params": (with_group(params=3), "'params' of a group is 3 of type int"),
+    "lists in params": (with_group(params=[0, [1]]), r"'params' of a group is \[1\]"),
+    "twice": (with_group(params=[0, 0]), "is 0 of type int, expected each parameter once"),
+    "too few": (with_group(params=[0]), "groups have 1 parameters"),
+    "a list": (with_held(list), r"the state of parameter 0 is \['step', .*expected a dictionary"),
+    "no moment": (with_held(lambda x: {**x, "exp_avg": None}), "exp_avg of 'w' is None"),
+    "text": (with_held(lambda x: {**x, "exp_avg_sq": ["1", "2"]}), "expected a number or an array"),
+    "no step": (with_held(lambda x: {**x, "step": None}), "the count of 'w' is None"),
+    "a step of text": (with_held(lambda x: {**x, "step": "7"}), "the count of 'w' is '7'"),
+    "no rate": (with_group(lr=None), "lr of a group of torch is None"),
+    "a rate of text": (with_group(lr="0.1"), "lr of a group of torch is '0.1' of type str"),
+    "an epsilon of text": (with_group(eps="1e-8"), "eps of a group of torch is '1e-8'"),
+    "one beta": (with_group(betas=[0.9]), r"betas of a group of torch are \[0.9\]"),
+    "no beta": (with_group(betas=(0.9, None)), "a beta of a group of torch is None"),
+    "a flag of text": (with_group(amsgrad="false"), "amsgrad .* is 'false', expected True or"),
+    "names": (with_group(param_names="wz"), "has the param_names 'wz', expected a list of"),
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_malformed_state_dicts_are_refused(what):
+    change, message = MALFORMED[what]
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
+    order = ["w", "z"]
+    state = convert.from_torch(plain_dict(), tx, params, order=order)
+    with pytest.raises(ValueError, match=f"from_torch: .*{message}"):
+        convert.from_torch(change(plain_dict()), tx, params, order=order)
+    with pytest.raises(ValueError, match=f"to_torch: .*{message}"):
+        convert.to_torch(state, tx, params, change(plain_dict()), order=order)
+
+
+def test_the_flattened_form_of_torch_is_named():
+    flat = {"state.w.exp_avg": np.ones(2), "param_groups.w.lr": 0.1}
+    for given, message in (
+        (flat, r"got the flattened form .* 'state.w.exp_avg': make it without flatten_optimizer"),
+        ({"model": {}, "optimizer": {}}, r"got dict with \['model', 'optimizer'\]"),
+        ([], "got list"),
+    ):
+        with pytest.raises(TypeError, match=f"from_torch: expected .*{message}"):
+            convert.from_torch(given, adamjax.adam(0.1, eps=1e-8), {"w": jnp.ones(2)})
 
 
 def test_tensors_that_are_not_plain_are_refused():
@@ -601,6 +588,57 @@ def test_tensors_that_are_not_plain_are_refused():
     kept = torch_state(exp_avg=DTensor())
     with pytest.raises(ValueError, match=r"exp_avg of 'a' is a .*DTensor, expected a plain tensor"):
         convert.from_torch(kept, adamjax.adam(RATE, eps=1e-8), jax.tree.map(jnp.asarray, PARAMS))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_complex_leaves_do_not_go_to_torch_nor_come_from_it(check):
+    """Also where all imaginary parts are 0 so far, or no step was taken yet."""
+    tx, params = adamjax.adam(0.1, eps=1e-8), [jnp.ones(2, jnp.complex64), jnp.ones(2)]
+    for given in (fresh_torch(), torch_after_a_step((2,), (2,))):
+        for held in list(given["state"].values())[:1]:
+            for name in ("exp_avg", "exp_avg_sq"):
+                held[name] = held[name].astype(np.complex64)
+        for leaves in (params, [jnp.ones(2), params[0]]):
+            message = r"_torch: the leaf '[01]' is complex, and torch's v of complex parameters"
+            with pytest.raises(ValueError, match=f"from{message}"):
+                convert.from_torch(given, tx, leaves, check=check)
+            with pytest.raises(ValueError, match=f"to{message}"):
+                convert.to_torch(tx.init(leaves), tx, leaves, given, check=check)
+
+
+# --- names and order of parameters ----------------------------------------------------------------
+
+
+def test_an_order_of_torch_by_name():
+    tx, params = adamjax.adam(RATE, eps=1e-7), {"x": jnp.ones(2), "y": jnp.ones(2)}
+    kept = numbered_torch([(2,), (2,), (2,)])
+    kept["param_groups"][0]["param_names"] = ["b", "a", "c"]
+    order = {"a": "x", "b": "y", "c": None}
+    m = adamjax.get_slot(convert.from_torch(kept, tx, params, order=order), "m")
+    assert_same(m, {"x": jnp.full(2, 2.0), "y": jnp.full(2, 1.0)})
+    with pytest.raises(ValueError, match=r"order has the names \['a', 'b'\], which do not corr"):
+        convert.from_torch(kept, tx, params, order={"a": "x", "b": "y"})
+
+
+def test_the_names_of_torch_parameters_are_heeded(torch):
+    """Leaves of one shape in another order would take each other's moments."""
+    leaves = {name: torch.nn.Parameter(torch.ones(2)) for name in ("b", "a")}
+    optimizer = torch.optim.Adam(list(leaves.items()), lr=0.1)
+    for i, p in enumerate(leaves.values()):
+        p.grad = torch.full((2,), i + 1.0)
+    optimizer.step()
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"a": jnp.ones(2), "b": jnp.ones(2)}
+    m = adamjax.get_slot(convert.from_torch(optimizer.state_dict(), tx, params), "m")
+    assert_close(m, {"a": jnp.full(2, 0.2), "b": jnp.full(2, 0.1)}, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"order has 'a' in the place of torch's 'b'"):
+        convert.from_torch(optimizer.state_dict(), tx, params, order=["a", "b"])
+    other = {"x": jnp.ones(2), "y": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"names its parameters \['b', 'a'\].*give order="):
+        convert.from_torch(optimizer.state_dict(), tx, other)
+    m = adamjax.get_slot(
+        convert.from_torch(optimizer.state_dict(), tx, other, order=["y", "x"]), "m"
+    )
+    assert_close(m, {"x": jnp.full(2, 0.2), "y": jnp.full(2, 0.1)}, rtol=1e-6)
 
 
 def test_names_of_torch_modules_are_those_of_flax(torch):
@@ -643,49 +681,51 @@ def test_names_of_torch_modules_are_those_of_flax(torch):
             refused()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_fused_steps_of_torch_go_on(layout, torch):
-    """torch's fused step is wrong if moments are not laid out in memory like the parameter."""
-    memory_format = {
-        "contiguous": torch.contiguous_format,
-        "channels_last": torch.channels_last,
-    }[layout]
-    grads = np.random.default_rng(0).normal(size=(9, 2, 3, 2, 2)).astype(np.float32)
+def test_a_torch_optimizer_without_arrays_shows_no_order():
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"weight": jnp.ones((4, 3)), "bias": jnp.ones(4)}
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"no arrays before its first step.*give order="):
+        convert.to_torch(state, tx, params, fresh_torch())
+    new = convert.to_torch(state, tx, params, fresh_torch(), order=["weight", "bias"])
+    assert new["state"][0]["exp_avg"].shape == (4, 3)
+    with pytest.raises(ValueError, match=r"names its parameters .*give order="):
+        convert.to_torch(state, tx, params, fresh_torch(["x", "y"]))
 
-    def of_torch(kernel):
-        return np.transpose(kernel, (3, 2, 0, 1))
 
-    def of_jax(weight):
-        return np.transpose(weight, (2, 3, 1, 0))
+def test_shapes_of_a_torch_optimizer_show_a_wrong_order():
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"weight": jnp.ones((4, 3)), "bias": jnp.ones(4)}
+    args = tx.init(params), tx, params, torch_after_a_step((4, 3), (4,))
+    for wrong in ({}, {"order": ["bias", "weight"]}, {"adapt": lambda path, x: x.T}):
+        with pytest.raises(
+            ValueError, match=r"exp_avg of '\w+' has shape .*, that of torch's: are"
+        ):
+            convert.to_torch(*args, **wrong)
+    new = convert.to_torch(*args, order=["weight", "bias"])
+    assert new["state"][0]["exp_avg"].shape == (4, 3)
 
-    def new():
-        p = torch.nn.Parameter(torch.zeros(2, 3, 2, 2).to(memory_format=memory_format))
-        return p, torch.optim.Adam([p], lr=0.1, fused=True)
 
-    def train(p, optimizer, grads):
-        for g in grads:
-            p.grad = torch.tensor(g).to(memory_format=memory_format)
-            optimizer.step()
+def test_a_function_that_reshapes_hides_the_order():
+    params = {"query": jnp.zeros((2, 2)), "scale": jnp.zeros(4)}
+    old, tx = torch_of([np.ones(4, "f"), np.full(4, 2.0, "f")]), adam_like_optax()
 
-    p, optimizer = new()
-    train(p, optimizer, grads[:3])
-    tx, params = adamjax.adam(0.1, eps=1e-8), {"kernel": jnp.array(of_jax(p.detach().numpy()))}
-    state = convert.from_torch(
-        optimizer.state_dict(), tx, params, adapt=lambda path, x: np.transpose(x, (2, 3, 1, 0))
-    )
-    other, other_optimizer = new()
-    train(other, other_optimizer, grads[:1])  # so that the target shows the layout of moments
-    new_state = convert.to_torch(
-        state, tx, params, other_optimizer.state_dict(), adapt=lambda path, x: of_torch(x)
-    )
-    other_optimizer.load_state_dict(
-        jax.tree.map(lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x, new_state)
-    )
-    with torch.no_grad():
-        other.copy_(torch.from_numpy(of_torch(np.array(params["kernel"])).copy()))
-    for one in ((p, optimizer), (other, other_optimizer)):
-        train(*one, grads[3:])
-    assert_close(other.detach().numpy(), p.detach().numpy(), rtol=1e-6)
+    def adapt(path, x):
+        return x.reshape(params[path].shape)
+
+    with pytest.raises(ValueError, match=r"\['query', 'scale'\] have one size.*give order="):
+        convert.from_torch(old, tx, params, adapt=adapt)
+    state = convert.from_torch(old, tx, params, order=["query", "scale"], adapt=adapt)
+    assert adamjax.get_slot(state, "m")["query"].shape == (2, 2)
+    with pytest.raises(ValueError, match=r"adapt raises an error for exp_avg of 'query', .*order"):
+        convert.from_torch(
+            torch_of([np.ones(3, "f"), np.ones(4, "f")]),
+            tx,
+            params,
+            order=list(params),
+            adapt=adapt,
+        )
+
+
+# --- transposed kernels ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [None, ["0.weight", "1.weight"]], ids=["no names", "names"])
@@ -773,6 +813,25 @@ def test_kernels_of_torch_whose_shape_does_not_show_the_order_of_dimensions(shap
     assert_same(adamjax.get_slot(state, "m")["0"]["kernel"], kernel_of(x))
 
 
+def test_names_of_torch_that_are_not_weight_do_not_say_what_is_transposed():
+    old, params = torch_of([np.eye(2, dtype="f")], ["lin.W"]), {"lin": {"kernel": jnp.eye(2)}}
+    with pytest.raises(ValueError, match=r"transposes of kernels.*adapt="):
+        convert.from_torch(old, adam_like_optax(), params, order=["lin/kernel"])
+
+
+def test_a_torch_optimizer_without_arrays_shows_no_transposition():
+    tx, params = adamjax.adam(0.1, eps=1e-8), {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+    target = fresh_torch(["weight", "bias"])
+    with pytest.raises(ValueError, match=r"transposes of kernels, such as 'kernel'"):
+        convert.to_torch(tx.init(params), tx, params, target)
+
+    def transposed(path, x):
+        return x.T if path == "kernel" else x
+
+    new = convert.to_torch(tx.init(params), tx, params, target, adapt=transposed)
+    assert new["state"][0]["exp_avg"].shape == (4, 3)
+
+
 @pytest.mark.parametrize(
     ("adapt", "error", "message"),
     [
@@ -798,14 +857,58 @@ def test_an_adapt_that_makes_no_array_is_refused(adapt, error, message):
         assert_same(convert.from_torch(plain_dict(), tx, params, adapt=fine), state)
 
 
-def test_a_decay_in_front_of_the_negation_is_not_that_of_maximize():
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    kept = torch_state({"maximize": True, "weight_decay": 0.5})
-    parts = adamjax.scale(-1.0), adamjax.add_decayed_weights(0.5)
-    adam = adamjax.adam(RATE, eps=1e-8)
-    convert.from_torch(kept, adamjax.chain(*parts, adam), params)
-    with pytest.raises(ValueError, match=r"negates after their weight decay: move it before"):
-        convert.from_torch(kept, adamjax.chain(*parts[::-1], adam), params)
+# --- hyperparameters and rates --------------------------------------------------------------------
+
+
+TORCH_REFUSED = {
+    "epsilon": (
+        {"eps": 1e-6},
+        r"'a': torch has eps=1e-06, tx has eps=1e-08: build tx with eps=1e-06",
+    ),
+    "betas": ({"betas": (0.9, 0.99)}, r"b2=0.99, tx has b2=0.999"),
+    "betas close to 1": ({"betas": (0.9, 0.9990009)}, r"b2=0.9990009, tx has b2=0.999"),
+    "rate": ({"lr": 0.5}, r"a learning rate of 0.5, tx has 0.0625 for the next step"),
+    "decay": (
+        {"weight_decay": 0.5},
+        r"a weight decay of 0.5, tx has 0 before its rule and 0 after it: put "
+        r"add_decayed_weights\(0.5\) before the rule",
+    ),
+    "decoupled decay": (
+        {"weight_decay": 0.5, "decoupled_weight_decay": True},
+        r"put add_decayed_weights\(0.5\) after the rule",
+    ),
+    "amsgrad": ({"amsgrad": True}, r"those of amsgrad; for adam, expected"),
+    "momentum_decay": ({"momentum_decay": 0.004}, r"NAdam has momentum_decay=0.004"),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_REFUSED)
+def test_what_torch_says_is_compared(name):
+    group, message = TORCH_REFUSED[name]
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
+    convert.from_torch(torch_state(), tx, params)
+    with pytest.raises(ValueError, match=message):
+        convert.from_torch(torch_state(group), tx, params)
+    convert.from_torch(torch_state({"betas": (0.9, float(np.float32(0.999)))}), tx, params)
+    state = tx.init(params)
+    convert.to_torch(state, tx, params, {**torch_state(), "state": {}}, order=["a", "b"])
+    # The error begins alike, and then also says how to change the target.
+    start = re.split("those of amsgrad|(?<=[a-z0-9]): (?:build|put|begin)", message)[0]
+    with pytest.raises(ValueError, match=f"to_torch: .*{start}"):
+        convert.to_torch(state, tx, params, {**torch_state(group), "state": {}}, order=["a", "b"])
+
+
+def test_an_error_says_how_a_target_gets_the_rate_of_tx(torch):
+    params = [jnp.ones(3)]
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    tx = adamjax.adam(0.05, eps=1e-8)
+    message = (
+        r"take state_dict\(\) after the scheduler is at this step, or after lr .*what torch has"
+    )
+    with pytest.raises(ValueError, match=message):
+        convert.to_torch(tx.init(params), tx, params, optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = float(adamjax.learning_rate(tx, tx.init(params)))
+    convert.to_torch(tx.init(params), tx, params, optimizer.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -859,6 +962,43 @@ def test_a_rate_is_compared_as_a_step_computes_it(name):
         convert.from_torch(given, adamjax.adam(schedule, eps=1e-8), params)
 
 
+def test_a_rate_that_is_scaled_is_another_rate():
+    params, adam = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
+    with pytest.raises(ValueError, match=r"rate of 0.0625, tx has 0.03125 for the next step"):
+        convert.from_torch(torch_state(), adamjax.chain(adam, adamjax.scale(0.5)), params)
+    parts = adamjax.scale_by_adam(eps=1e-8), adamjax.scale(-RATE)
+    convert.from_torch(torch_state(), adamjax.chain(*parts), params)
+
+
+def test_what_schedulers_of_torch_note_for_themselves(torch):
+    params, tx = {"w": jnp.ones(2)}, adamjax.adam(adamjax.constant(0.1), eps=1e-8)
+    for cycle in (False, True):
+        optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+        options = {"max_lr": 0.1, "total_steps": 10, "div_factor": 1.0, "cycle_momentum": cycle}
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, **options)
+        if cycle:
+            with pytest.raises(ValueError, match=r"OneCycleLR, CyclicLR\) changes betas"):
+                convert.from_torch(optimizer.state_dict(), tx, params)
+        else:
+            convert.from_torch(optimizer.state_dict(), tx, params)
+            with pytest.raises(ValueError, match=r"a schedule \(a scheduler has set initial_lr\)"):
+                convert.from_torch(optimizer.state_dict(), adamjax.adam(0.1, eps=1e-8), params)
+
+
+def test_maximize_is_a_negation():
+    state_dict = built_torch("Adam", maximize=True)
+    params, plain = {"w": jnp.ones((3, 2))}, adamjax.adam(0.1, eps=1e-8)
+    negated = adamjax.chain(adamjax.scale(-1.0), plain)
+    convert.from_torch(state_dict, negated, params)
+    with pytest.raises(ValueError, match=r"maximize=True.*begin tx with scale\(-1.0\)"):
+        convert.from_torch(state_dict, plain, params)
+    with pytest.raises(ValueError, match=r"gradients as they are, tx has scale.*leave it out"):
+        convert.from_torch(built_torch("Adam"), negated, params)
+
+
+# --- weight decays, clips and averages ------------------------------------------------------------
+
+
 DECAYED = {
     "after the rule": (True, lambda rule, decay: [rule, decay], None),
     "and before a scale": (True, lambda rule, decay: [rule, decay, adamjax.scale(1.0)], None),
@@ -900,169 +1040,31 @@ def test_a_decay_is_compared_as_it_comes_to_the_step(name):
             convert.from_torch(given, tx, params)
 
 
-def test_a_rate_that_is_scaled_is_another_rate():
-    params, adam = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
-    with pytest.raises(ValueError, match=r"rate of 0.0625, tx has 0.03125 for the next step"):
-        convert.from_torch(torch_state(), adamjax.chain(adam, adamjax.scale(0.5)), params)
-    parts = adamjax.scale_by_adam(eps=1e-8), adamjax.scale(-RATE)
-    convert.from_torch(torch_state(), adamjax.chain(*parts), params)
-
-
-def with_group(**changes):
-    def change(found):
-        return {**found, "param_groups": [{**found["param_groups"][0], **changes}]}
-
-    return change
-
-
-def with_held(held):
-    return lambda found: {**found, "state": {**found["state"], 0: held(found["state"][0])}}
-
-
-MALFORMED = {
-    "a state": (lambda found: {**found, "state": [1]}, r"'state' is \[1\] of type list"),
-    "groups": (lambda found: {**found, "param_groups": None}, "'param_groups' is None"),
-    "a group": (lambda found: {**found, "param_groups": [3]}, "a group of 'param_groups' is 3"),
-    "no params": (with_group(params=None), "'params' of a group is None"),
-    "a number for params": (with_group(params=3), "'params' of a group is 3 of type int"),
-    "lists in params": (with_group(params=[0, [1]]), r"'params' of a group is \[1\]"),
-    "twice": (with_group(params=[0, 0]), "is 0 of type int, expected each parameter once"),
-    "too few": (with_group(params=[0]), "groups have 1 parameters"),
-    "a list": (with_held(list), r"the state of parameter 0 is \['step', .*expected a dictionary"),
-    "no moment": (with_held(lambda x: {**x, "exp_avg": None}), "exp_avg of 'w' is None"),
-    "text": (with_held(lambda x: {**x, "exp_avg_sq": ["1", "2"]}), "expected a number or an array"),
-    "no step": (with_held(lambda x: {**x, "step": None}), "the count of 'w' is None"),
-    "a step of text": (with_held(lambda x: {**x, "step": "7"}), "the count of 'w' is '7'"),
-    "no rate": (with_group(lr=None), "lr of a group of torch is None"),
-    "a rate of text": (with_group(lr="0.1"), "lr of a group of torch is '0.1' of type str"),
-    "an epsilon of text": (with_group(eps="1e-8"), "eps of a group of torch is '1e-8'"),
-    "one beta": (with_group(betas=[0.9]), r"betas of a group of torch are \[0.9\]"),
-    "no beta": (with_group(betas=(0.9, None)), "a beta of a group of torch is None"),
-    "a flag of text": (with_group(amsgrad="false"), "amsgrad .* is 'false', expected True or"),
-    "names": (with_group(param_names="wz"), "has the param_names 'wz', expected a list of"),
-}
-
-
-def test_the_flattened_form_of_torch_is_named():
-    flat = {"state.w.exp_avg": np.ones(2), "param_groups.w.lr": 0.1}
-    for given, message in (
-        (flat, r"got the flattened form .* 'state.w.exp_avg': make it without flatten_optimizer"),
-        ({"model": {}, "optimizer": {}}, r"got dict with \['model', 'optimizer'\]"),
-        ([], "got list"),
-    ):
-        with pytest.raises(TypeError, match=f"from_torch: expected .*{message}"):
-            convert.from_torch(given, adamjax.adam(0.1, eps=1e-8), {"w": jnp.ones(2)})
-
-
-@pytest.mark.parametrize("what", MALFORMED)
-def test_malformed_state_dicts_are_refused(what):
-    change, message = MALFORMED[what]
-    tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
-    order = ["w", "z"]
-    state = convert.from_torch(plain_dict(), tx, params, order=order)
-    with pytest.raises(ValueError, match=f"from_torch: .*{message}"):
-        convert.from_torch(change(plain_dict()), tx, params, order=order)
-    with pytest.raises(ValueError, match=f"to_torch: .*{message}"):
-        convert.to_torch(state, tx, params, change(plain_dict()), order=order)
-
-
-def test_what_has_an_order_is_an_order():
-    tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
-    order = ["w", "z"]
-    expected = convert.from_torch(plain_dict(), tx, params, order=order)
-    for given in (tuple(order), np.array(order), params.keys(), {0: "w", 1: "z"}.values()):
-        assert_same(convert.from_torch(plain_dict(), tx, params, order=given), expected)
-
-
-class TensorOfTensorflow:
-    dtype, shape = "tf.float32", (2,)
-
-    def numpy(self):
-        raise AssertionError("not asked")
-
-
-@pytest.mark.parametrize("kind", ["torch", "tensorflow", "text"])
-def test_parameters_that_are_no_arrays_are_refused(kind):
+def test_a_decay_in_front_of_the_negation_is_not_that_of_maximize():
     params = jax.tree.map(jnp.asarray, PARAMS)
-    leaf, mend = {
-        "torch": (lambda: pytest.importorskip("torch").ones(2), r"asarray\(x.detach"),
-        "tensorflow": (TensorOfTensorflow, r"asarray\(x.numpy"),
-        "text": (lambda: "text", "give only the arrays of a model"),
-    }[kind]
-    others = {**params, "a": leaf()}
-    for conversion, call in conversions(ADAM, params, others).items():
-        message = f"{conversion}: the leaf 'a' is a .*, expected an array of JAX or NumPy: .*{mend}"
-        with pytest.raises(TypeError, match=message):
-            call()
+    kept = torch_state({"maximize": True, "weight_decay": 0.5})
+    parts = adamjax.scale(-1.0), adamjax.add_decayed_weights(0.5)
+    adam = adamjax.adam(RATE, eps=1e-8)
+    convert.from_torch(kept, adamjax.chain(*parts, adam), params)
+    with pytest.raises(ValueError, match=r"negates after their weight decay: move it before"):
+        convert.from_torch(kept, adamjax.chain(*parts[::-1], adam), params)
 
 
-def test_a_torch_optimizer_without_arrays_shows_no_order():
-    tx, params = adamjax.adam(0.1, eps=1e-8), {"weight": jnp.ones((4, 3)), "bias": jnp.ones(4)}
-    state = tx.init(params)
-    with pytest.raises(ValueError, match=r"no arrays before its first step.*give order="):
-        convert.to_torch(state, tx, params, fresh_torch())
-    new = convert.to_torch(state, tx, params, fresh_torch(), order=["weight", "bias"])
-    assert new["state"][0]["exp_avg"].shape == (4, 3)
-    with pytest.raises(ValueError, match=r"names its parameters .*give order="):
-        convert.to_torch(state, tx, params, fresh_torch(["x", "y"]))
+def test_sparse_adam_of_torch_has_no_decay():
+    leaf_state = {"step": 3, "exp_avg": np.ones((3, 2), "f"), "exp_avg_sq": np.ones((3, 2), "f")}
+    group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "maximize": False}
+    old, params = {"state": {0: leaf_state}, "param_groups": [group]}, jnp.zeros((3, 2))
+    convert.from_torch(old, adamjax.adam(0.1, eps_hat=1e-8, rows="lazy"), params)
+    with pytest.raises(ValueError, match=r"a weight decay of 0, tx has .*0.004 after it"):
+        convert.from_torch(old, adamjax.adamw(0.1, eps_hat=1e-8, rows="lazy"), params)
 
 
-def test_a_torch_optimizer_without_arrays_shows_no_transposition():
-    tx, params = adamjax.adam(0.1, eps=1e-8), {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
-    target = fresh_torch(["weight", "bias"])
-    with pytest.raises(ValueError, match=r"transposes of kernels, such as 'kernel'"):
-        convert.to_torch(tx.init(params), tx, params, target)
-
-    def transposed(path, x):
-        return x.T if path == "kernel" else x
-
-    new = convert.to_torch(tx.init(params), tx, params, target, adapt=transposed)
-    assert new["state"][0]["exp_avg"].shape == (4, 3)
-
-
-def test_shapes_of_a_torch_optimizer_show_a_wrong_order():
-    tx, params = adamjax.adam(0.1, eps=1e-8), {"weight": jnp.ones((4, 3)), "bias": jnp.ones(4)}
-    args = tx.init(params), tx, params, torch_after_a_step((4, 3), (4,))
-    for wrong in ({}, {"order": ["bias", "weight"]}, {"adapt": lambda path, x: x.T}):
-        with pytest.raises(
-            ValueError, match=r"exp_avg of '\w+' has shape .*, that of torch's: are"
-        ):
-            convert.to_torch(*args, **wrong)
-    new = convert.to_torch(*args, order=["weight", "bias"])
-    assert new["state"][0]["exp_avg"].shape == (4, 3)
-
-
-@pytest.mark.parametrize("check", [True, False])
-def test_complex_leaves_do_not_go_to_torch_nor_come_from_it(check):
-    """Also where all imaginary parts are 0 so far, or no step was taken yet."""
-    tx, params = adamjax.adam(0.1, eps=1e-8), [jnp.ones(2, jnp.complex64), jnp.ones(2)]
-    for given in (fresh_torch(), torch_after_a_step((2,), (2,))):
-        for held in list(given["state"].values())[:1]:
-            for name in ("exp_avg", "exp_avg_sq"):
-                held[name] = held[name].astype(np.complex64)
-        for leaves in (params, [jnp.ones(2), params[0]]):
-            message = r"_torch: the leaf '[01]' is complex, and torch's v of complex parameters"
-            with pytest.raises(ValueError, match=f"from{message}"):
-                convert.from_torch(given, tx, leaves, check=check)
-            with pytest.raises(ValueError, match=f"to{message}"):
-                convert.to_torch(tx.init(leaves), tx, leaves, given, check=check)
-
-
-def test_an_average_is_not_dropped():
-    tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5, overwrite_frequency=3))
-    state = tx.init(TWO)
-    message = r"sets the weights to their average, and the other system has no average"
-    with pytest.raises(ValueError, match=f"to_optax: .*{message}"):
-        convert.to_optax(state, tx, TWO, optax.adam(0.1))
-    group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
-    group |= {"weight_decay": 0, "amsgrad": False}
-    kept = {"state": {}, "param_groups": [group]}
-    with pytest.raises(ValueError, match=f"to_torch: .*{message}"):
-        convert.to_torch(tx.init(TWO["a"]), tx, TWO["a"], kept)
-    tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5))
-    with pytest.raises(ValueError, match=r"to_torch: the state has an average of the weights"):
-        convert.to_torch(tx.init(TWO["a"]), tx, TWO["a"], kept)
-    convert.to_torch(tx.init(TWO["a"]), tx, TWO["a"], kept, check=False)
+def test_torch_clips_before_its_weight_decay():
+    decay, clip = adamjax.add_decayed_weights(0.3), adamjax.clip_by_global_norm(0.5)
+    old = torch_of([np.ones(3, "f")], weight_decay=0.3)
+    convert.from_torch(old, adamjax.chain(clip, decay, adam_like_optax()), jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"after its weight decay: put the clip before"):
+        convert.from_torch(old, adamjax.chain(decay, clip, adam_like_optax()), jnp.zeros(3))
 
 
 def test_updates_that_torch_does_not_clip():
@@ -1076,62 +1078,6 @@ def test_updates_that_torch_does_not_clip():
     convert.from_torch(kept, adamjax.chain(clip, rule, rate), TWO["a"])
     with pytest.raises(ValueError, match=r"no clip of updates, tx has clip_by_global_norm"):
         convert.from_torch(kept, adamjax.chain(rule, clip, rate), TWO["a"])
-
-
-def test_the_product_of_nadam_is_a_copy():
-    tx, n = adamjax.nadam(0.1, eps=1e-8), 40
-    for _ in range(n):  # Whether JAX would share memory depends on the address.
-        product = np.array(0.9 * (1 - 0.5 * 0.96), np.float32)
-        slots = {"exp_avg": np.full(2, 0.1, np.float32), "exp_avg_sq": np.ones(2, np.float32)}
-        group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
-        kept = {
-            "state": {0: {"step": 1, "mu_product": product, **slots}},
-            "param_groups": [{**group, "momentum_decay": 1.0}],
-        }
-        state = convert.from_torch(kept, tx, jnp.ones(2))
-        product[...] = 0
-        assert float(state[0].momentum_product) > 0.4
-
-
-def test_a_function_that_reshapes_hides_the_order():
-    params = {"query": jnp.zeros((2, 2)), "scale": jnp.zeros(4)}
-    old, tx = torch_of([np.ones(4, "f"), np.full(4, 2.0, "f")]), adam_like_optax()
-
-    def adapt(path, x):
-        return x.reshape(params[path].shape)
-
-    with pytest.raises(ValueError, match=r"\['query', 'scale'\] have one size.*give order="):
-        convert.from_torch(old, tx, params, adapt=adapt)
-    state = convert.from_torch(old, tx, params, order=["query", "scale"], adapt=adapt)
-    assert adamjax.get_slot(state, "m")["query"].shape == (2, 2)
-    with pytest.raises(ValueError, match=r"adapt raises an error for exp_avg of 'query', .*order"):
-        convert.from_torch(
-            torch_of([np.ones(3, "f"), np.ones(4, "f")]),
-            tx,
-            params,
-            order=list(params),
-            adapt=adapt,
-        )
-
-
-def test_names_of_torch_that_are_not_weight_do_not_say_what_is_transposed():
-    old, params = torch_of([np.eye(2, dtype="f")], ["lin.W"]), {"lin": {"kernel": jnp.eye(2)}}
-    with pytest.raises(ValueError, match=r"transposes of kernels.*adapt="):
-        convert.from_torch(old, adam_like_optax(), params, order=["lin/kernel"])
-
-
-def test_torch_clips_before_its_weight_decay():
-    decay, clip = adamjax.add_decayed_weights(0.3), adamjax.clip_by_global_norm(0.5)
-    old = torch_of([np.ones(3, "f")], weight_decay=0.3)
-    convert.from_torch(old, adamjax.chain(clip, decay, adam_like_optax()), jnp.zeros(3))
-    with pytest.raises(ValueError, match=r"after its weight decay: put the clip before"):
-        convert.from_torch(old, adamjax.chain(decay, clip, adam_like_optax()), jnp.zeros(3))
-
-
-def test_an_average_that_sets_weights_is_not_added_in_a_conversion():
-    tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5, overwrite_frequency=2))
-    with pytest.raises(ValueError, match="sets the weights to their average"):
-        convert.from_torch(torch_of([np.ones(3, "f")]), tx, jnp.zeros(3), average=jnp.zeros(3))
 
 
 @pytest.mark.parametrize("what", ["decay", "schedule"])
@@ -1171,10 +1117,41 @@ def test_a_decay_and_a_schedule_of_torch_are_in_the_steps_of_its_rule(what):
         convert.from_torch(old, tx, params, order=["a", "b"])
 
 
-def test_sparse_adam_of_torch_has_no_decay():
-    leaf_state = {"step": 3, "exp_avg": np.ones((3, 2), "f"), "exp_avg_sq": np.ones((3, 2), "f")}
-    group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "maximize": False}
-    old, params = {"state": {0: leaf_state}, "param_groups": [group]}, jnp.zeros((3, 2))
-    convert.from_torch(old, adamjax.adam(0.1, eps_hat=1e-8, rows="lazy"), params)
-    with pytest.raises(ValueError, match=r"a weight decay of 0, tx has .*0.004 after it"):
-        convert.from_torch(old, adamjax.adamw(0.1, eps_hat=1e-8, rows="lazy"), params)
+def test_an_average_that_sets_weights_is_not_added_in_a_conversion():
+    tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5, overwrite_frequency=2))
+    with pytest.raises(ValueError, match="sets the weights to their average"):
+        convert.from_torch(torch_of([np.ones(3, "f")]), tx, jnp.zeros(3), average=jnp.zeros(3))
+
+
+# --- parameters that torch does not train ---------------------------------------------------------
+
+
+def test_a_parameter_that_torch_never_trained():
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
+    kept = torch_state()
+    del kept["state"][1]
+    message = (
+        r"'a' has taken 1 steps and 'b' 0.*None in order=.*set_to_zero.*no gradient.*partition; "
+        r"each part calls its schedule .* lambda count: schedule\(count \+ 1\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        convert.from_torch(kept, tx, params)
+    apart = adamjax.partition([("a", tx)], default=tx)
+    state = convert.from_torch(kept, apart, params)
+    assert [int(s[0].count) for s in state] == [1, 0]
+    # torch decays only what has a gradient.
+    decay = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+    decays = {**torch_state(decay), "state": kept["state"]}
+    adamw = adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1)
+    apart = adamjax.partition([("a", adamw)], default=adamw)
+    with pytest.raises(ValueError, match=r"none of 'b', .*None in order=.*set_to_zero.*check=F"):
+        convert.from_torch(decays, apart, params)
+    convert.from_torch(decays, apart, params, check=False)
+    frozen = adamjax.partition([("b", adamjax.set_to_zero())], default=adamw)
+    convert.from_torch(decays, frozen, params, order=["a", None])
+    convert.from_torch({**decays, "state": {}}, adamw, params)
+    only = adamjax.masked(tx, "a")
+    state = convert.from_torch(kept, only, params, order=["a", None])
+    assert int(adamjax.step_count(state)) == 1
+    with pytest.raises(TypeError, match=r"expected optimizer.state_dict\(\) of torch"):
+        convert.from_torch({"state": {}}, tx, params)
