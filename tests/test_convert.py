@@ -11,24 +11,24 @@ from conversions import (
     ADAM,
     KERAS_PARAMS,
     KERAS_RULE,
-    NAMED,
-    OLD,
+    NAMED_VARIABLES,
+    OPTAX_ADAM,
     PARAMS,
     RATE,
-    TWO,
+    TWO_LEAVES,
     adam_like_optax,
-    conversions,
-    keras_adam,
-    keras_layers,
-    keras_pairs,
+    conversion_calls,
+    keras_optimizer,
+    keras_variables,
+    keras_variables_named,
     new_params,
     numbered_keras,
     numbered_torch,
-    old_state,
-    plain_dict,
+    optax_state,
+    plain_torch_dict,
     torch_after_a_step,
-    torch_of,
-    torch_state,
+    torch_state_dict,
+    torch_with_moments,
 )
 from support import assert_same
 
@@ -74,43 +74,43 @@ def test_integer_leaves_and_none_are_left_alone(x64):
 
 def test_check_false_takes_the_arrays_all_the_same():
     params = jax.tree.map(jnp.asarray, PARAMS)
-    state = convert.from_optax(old_state(), adamjax.adam(RATE), params, check=False)
+    state = convert.from_optax(optax_state(), adamjax.adam(RATE), params, check=False)
     assert int(adamjax.step_count(state)) == 1
     state = convert.from_optax(
-        old_state(tx=optax.amsgrad(RATE)), adamjax.amsgrad(RATE), params, check=False
+        optax_state(tx=optax.amsgrad(RATE)), adamjax.amsgrad(RATE), params, check=False
     )
     assert adamjax.slot_names(state) == ("m", "v", "v_max")
 
 
 def test_master_weights_are_converted_as_parameters():
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
-    tx, new = adamjax.master_weights(ADAM), OLD.init(jax.tree.map(jnp.asarray, PARAMS))
+    tx, new = adamjax.master_weights(ADAM), OPTAX_ADAM.init(jax.tree.map(jnp.asarray, PARAMS))
     state = tx.init(params)
     for call in (
-        lambda: convert.from_optax(new, tx, params, OLD),
-        lambda: convert.to_optax(state, tx, params, OLD),
+        lambda: convert.from_optax(new, tx, params, OPTAX_ADAM),
+        lambda: convert.to_optax(state, tx, params, OPTAX_ADAM),
     ):
         with pytest.raises(ValueError, match="Convert the inner state with the float32 weights"):
             call()
-    assert_same(convert.to_optax(state.inner, tx.tx, state.weights, OLD), new)
-    assert_same(convert.from_optax(new, tx.tx, state.weights, OLD), state.inner)
+    assert_same(convert.to_optax(state.inner, tx.tx, state.weights, OPTAX_ADAM), new)
+    assert_same(convert.from_optax(new, tx.tx, state.weights, OPTAX_ADAM), state.inner)
 
 
 def test_an_average_is_not_dropped():
     tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5, overwrite_frequency=3))
-    state = tx.init(TWO)
+    state = tx.init(TWO_LEAVES)
     message = r"sets the weights to their average, and the other system has no average"
     with pytest.raises(ValueError, match=f"to_optax: .*{message}"):
-        convert.to_optax(state, tx, TWO, optax.adam(0.1))
+        convert.to_optax(state, tx, TWO_LEAVES, optax.adam(0.1))
     group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
     group |= {"weight_decay": 0, "amsgrad": False}
     kept = {"state": {}, "param_groups": [group]}
     with pytest.raises(ValueError, match=f"to_torch: .*{message}"):
-        convert.to_torch(tx.init(TWO["a"]), tx, TWO["a"], kept)
+        convert.to_torch(tx.init(TWO_LEAVES["a"]), tx, TWO_LEAVES["a"], kept)
     tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5))
     with pytest.raises(ValueError, match=r"to_torch: the state has an average of the weights"):
-        convert.to_torch(tx.init(TWO["a"]), tx, TWO["a"], kept)
-    convert.to_torch(tx.init(TWO["a"]), tx, TWO["a"], kept, check=False)
+        convert.to_torch(tx.init(TWO_LEAVES["a"]), tx, TWO_LEAVES["a"], kept)
+    convert.to_torch(tx.init(TWO_LEAVES["a"]), tx, TWO_LEAVES["a"], kept, check=False)
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_parameters_that_are_no_arrays_are_refused(kind):
         "text": (lambda: "text", "give only the arrays of a model"),
     }[kind]
     others = {**params, "a": leaf()}
-    for conversion, call in conversions(ADAM, params, others).items():
+    for conversion, call in conversion_calls(ADAM, params, others).items():
         message = f"{conversion}: the leaf 'a' is a .*, expected an array of JAX or NumPy: .*{mend}"
         with pytest.raises(TypeError, match=message):
             call()
@@ -149,24 +149,24 @@ def test_two_leaves_with_one_path_are_refused():
 def test_an_rtol_that_is_none_is_refused(rtol):
     params = jax.tree.map(jnp.asarray, PARAMS)
     theirs = optax.amsgrad(RATE)
-    state = old_state(tx=theirs)
+    state = optax_state(tx=theirs)
     with pytest.raises(ValueError, match=f"rtol is {rtol!r}"):
         convert.from_optax(state, adamjax.amsgrad(RATE, eps=1e-8), params, theirs, rtol=rtol)
 
 
-NO_ORDERS = [
+INVALID_ORDERS = [
     *(3, "w", b"w", {"w": 0}, object(), {"w", "z"}, frozenset("wz"), iter("wz")),
     (jnp.zeros(2), jnp.zeros(2)),
 ]
 
 
-@pytest.mark.parametrize("order", NO_ORDERS, ids=lambda order: type(order).__name__)
+@pytest.mark.parametrize("order", INVALID_ORDERS, ids=lambda order: type(order).__name__)
 def test_an_order_that_is_no_list_is_refused(order):
     tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
     with pytest.raises(
         TypeError, match=r"from_torch: order (is|has) .*expected (a list of )?paths"
     ):
-        convert.from_torch(plain_dict(), tx, params, order=order)
+        convert.from_torch(plain_torch_dict(), tx, params, order=order)
     with pytest.raises(
         TypeError, match=r"from_keras: order (is|has) .*expected (a list of )?paths"
     ):
@@ -176,9 +176,9 @@ def test_an_order_that_is_no_list_is_refused(order):
 def test_what_has_an_order_is_an_order():
     tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
     order = ["w", "z"]
-    expected = convert.from_torch(plain_dict(), tx, params, order=order)
+    expected = convert.from_torch(plain_torch_dict(), tx, params, order=order)
     for given in (tuple(order), np.array(order), params.keys(), {0: "w", 1: "z"}.values()):
-        assert_same(convert.from_torch(plain_dict(), tx, params, order=given), expected)
+        assert_same(convert.from_torch(plain_torch_dict(), tx, params, order=given), expected)
 
 
 def test_a_state_dict_of_torch_is_not_taken_for_variables_of_keras():
@@ -297,7 +297,7 @@ class HeavyBallState(NamedTuple):
     m: Any
 
 
-class KeptState(NamedTuple):
+class HeavyBallWithAdamState(NamedTuple):
     m: Any
     inner: Any
 
@@ -305,7 +305,7 @@ class KeptState(NamedTuple):
 transform_state("m")(HeavyBallState)
 
 
-transform_state("m")(KeptState)
+transform_state("m")(HeavyBallWithAdamState)
 
 
 class heavy_ball(Rule):
@@ -322,10 +322,10 @@ class heavy_ball_with_adam(heavy_ball):
     """A rule whose state contains one of Adam."""
 
     def init(self, params):
-        return KeptState(super().init(params).m, adamjax.scale_by_adam().init(params))
+        return HeavyBallWithAdamState(super().init(params).m, adamjax.scale_by_adam().init(params))
 
 
-class other_adam(heavy_ball):
+class other_use_of_adam_state(heavy_ball):
     """A rule that uses the class of Adam's state for something else."""
 
     def init(self, params):
@@ -345,21 +345,21 @@ class sign(heavy_ball):
         (adamjax.chain(heavy_ball(), adamjax.scale_by_learning_rate(RATE)), "heavy_ball"),
         *(
             (adamjax.chain(rule(), ADAM), rule.__name__)
-            for rule in (heavy_ball_with_adam, other_adam, sign)
+            for rule in (heavy_ball_with_adam, other_use_of_adam_state, sign)
         ),
         (optax.chain(ADAM, heavy_ball()), "the rule of a HeavyBallState"),
-        (optax.chain(ADAM, heavy_ball_with_adam()), "the rule of a KeptState"),
+        (optax.chain(ADAM, heavy_ball_with_adam()), "the rule of a HeavyBallWithAdamState"),
     ],
 )
 def test_a_rule_of_a_users_own_is_refused(tx, name):
     params = jax.tree.map(jnp.asarray, PARAMS)
-    for conversion, call in conversions(tx, params).items():
+    for conversion, call in conversion_calls(tx, params).items():
         expected = f"{conversion}: tx contains {name}, and conversions know the rules scale_by_adam"
         with pytest.raises(ValueError, match=expected):
             call()
 
 
-STATES = {
+OPTIMIZERS = {
     "amsgrad": adamjax.amsgrad,
     "adamax": adamjax.adamax,
     "nadam": adamjax.nadam,
@@ -368,17 +368,17 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_state_of_another_rule_is_not_that_of_tx(name):
     params = jax.tree.map(jnp.asarray, PARAMS)
     tx = adamjax.nadam(RATE) if name == "adam" else ADAM
-    state = STATES[name](RATE).init(params)
+    state = OPTIMIZERS[name](RATE).init(params)
     theirs = r"optax.*ScaleByAdamState" if name == "optax" else rf"ScaleBy\w+ of {name}"
     ours = "nadam" if name == "adam" else "adam"
     wanted = rf"the state has a {theirs} where tx has scale_by_adam.*expected a \w+ of {ours}: pass"
-    keras, torch = keras_pairs(), {**torch_state(), "state": {}}
+    keras, torch = keras_variables(), {**torch_state_dict(), "state": {}}
     for call in (
-        lambda: convert.to_optax(state, tx, params, OLD),
+        lambda: convert.to_optax(state, tx, params, OPTAX_ADAM),
         lambda: convert.to_keras(state, tx, params, keras),
         lambda: convert.to_torch(state, tx, params, torch, order=sorted(params)),
     ):
@@ -388,7 +388,7 @@ def test_a_state_of_another_rule_is_not_that_of_tx(name):
 
 def test_slots_that_do_not_show_the_rule():
     """Of adam and nadam, and of amsgrad without its maximum."""
-    params, kept = jax.tree.map(jnp.asarray, PARAMS), torch_state({"amsgrad": True})
+    params, kept = jax.tree.map(jnp.asarray, PARAMS), torch_state_dict({"amsgrad": True})
     for tx, message in [
         (ADAM, "and says that they are those of amsgrad; for adam, expected a state that says"),
         (
@@ -399,7 +399,7 @@ def test_slots_that_do_not_show_the_rule():
         with pytest.raises(ValueError, match=message):
             convert.from_torch(kept, tx, params)
     with pytest.raises(ValueError, match="says that they are those of nadam; for adam, expec"):
-        convert.from_keras(keras_layers(["a"], "nadam"), adamjax.adam(RATE), jnp.zeros(2))
+        convert.from_keras(keras_variables_named(["a"], "nadam"), adamjax.adam(RATE), jnp.zeros(2))
 
 
 class LookAheadState(NamedTuple):
@@ -424,11 +424,11 @@ class look_ahead(Transform):
 
 def test_the_slots_of_a_users_own_wrapper_are_not_dropped():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), look_ahead(ADAM)
-    state, new = tx.init(params), OLD.init(params)
+    state, new = tx.init(params), OPTAX_ADAM.init(params)
     with pytest.raises(ValueError, match="to_optax: the state keeps slow in a LookAheadState, and"):
-        convert.to_optax(state, tx, params, OLD)
-    assert_same(convert.to_optax(state, tx, params, OLD, check=False), new)
-    assert_same(convert.to_optax(state.inner, tx.tx, params, OLD), new)
+        convert.to_optax(state, tx, params, OPTAX_ADAM)
+    assert_same(convert.to_optax(state, tx, params, OPTAX_ADAM, check=False), new)
+    assert_same(convert.to_optax(state.inner, tx.tx, params, OPTAX_ADAM), new)
     assert_same(convert.from_optax(new, tx, params, check=False), state)
 
 
@@ -440,8 +440,10 @@ def test_transforms_of_other_libraries_beside_the_rule_are_refused(system, place
     parts = (decay, rule, rate) if place == "before" else (rule, decay, rate)
     tx = adamjax.chain(*parts)
     calls = {
-        "torch": lambda: convert.from_torch(torch_of([np.ones(3, "f")]), tx, jnp.zeros(3)),
-        "keras": lambda: convert.from_keras(keras_adam(keras), tx, KERAS_PARAMS),
+        "torch": lambda: convert.from_torch(
+            torch_with_moments([np.ones(3, "f")]), tx, jnp.zeros(3)
+        ),
+        "keras": lambda: convert.from_keras(keras_optimizer(keras), tx, KERAS_PARAMS),
     }
     with pytest.raises(ValueError, match=r"of another library, which nothing can compare"):
         calls[system]()
@@ -470,7 +472,7 @@ class HalvesOf(Transform):
         return jax.tree.map(lambda u: 0.5 * u, updates), state
 
 
-NO_LEAF = adamjax.masked(adamjax.scale(1.0), adamjax.optional("^z"))
+FOR_NO_LEAF = adamjax.masked(adamjax.scale(1.0), adamjax.optional("^z"))
 
 
 def test_transforms_of_the_users_own_beside_a_rule_are_refused():
@@ -479,15 +481,17 @@ def test_transforms_of_the_users_own_beside_a_rule_are_refused():
         lambda adam: adamjax.chain(adam, Halves()),
         HalvesOf,
         lambda adam: adamjax.chain(adam, HalvesOf(adamjax.scale(1.0))),
-        lambda adam: adamjax.chain(adam, HalvesOf(NO_LEAF)),
+        lambda adam: adamjax.chain(adam, HalvesOf(FOR_NO_LEAF)),
     ):
         with pytest.raises(ValueError, match=message):
-            convert.from_torch(torch_of([np.ones(3, "f")]), make(adam_like_optax()), jnp.zeros(3))
+            convert.from_torch(
+                torch_with_moments([np.ones(3, "f")]), make(adam_like_optax()), jnp.zeros(3)
+            )
         with pytest.raises(ValueError, match=message):
-            convert.from_keras(NAMED, make(adamjax.adam(0.1)), {"w": jnp.zeros(2)})
+            convert.from_keras(NAMED_VARIABLES, make(adamjax.adam(0.1)), {"w": jnp.zeros(2)})
     # Variables of Keras do not contain what it does to gradients.
     tx = adamjax.chain(HalvesOf(adamjax.scale(1.0)), adamjax.adam(0.1))
-    convert.from_keras(NAMED, tx, {"w": jnp.zeros(2)})
+    convert.from_keras(NAMED_VARIABLES, tx, {"w": jnp.zeros(2)})
 
 
 # --- rates, decays and frozen leaves --------------------------------------------------------------
@@ -498,8 +502,10 @@ def test_a_rate_before_the_rule_is_a_negation_and_no_gradient_is_zero(system):
     adam = adam_like_optax() if system == "torch" else adamjax.adam(0.1)
     before = adamjax.chain(adamjax.scale_by_learning_rate(1.0), adam)
     convert_to = {
-        "torch": lambda tx: convert.from_torch(torch_of([np.ones(3, "f")]), tx, jnp.zeros(3)),
-        "keras": lambda tx: convert.from_keras(NAMED, tx, {"w": jnp.zeros(2)}),
+        "torch": lambda tx: convert.from_torch(
+            torch_with_moments([np.ones(3, "f")]), tx, jnp.zeros(3)
+        ),
+        "keras": lambda tx: convert.from_keras(NAMED_VARIABLES, tx, {"w": jnp.zeros(2)}),
     }[system]
     with pytest.raises(ValueError, match=r"has gradients as they are, tx has .*before the rule"):
         convert_to(before)
@@ -507,7 +513,7 @@ def test_a_rate_before_the_rule_is_a_negation_and_no_gradient_is_zero(system):
         with pytest.raises(ValueError, match=r"as they are, tx has s.* before the rule: leave it"):
             convert_to(adamjax.chain(zero, adam))
     if system == "torch":
-        old = torch_of([np.ones(3, "f")], maximize=True)
+        old = torch_with_moments([np.ones(3, "f")], maximize=True)
         convert.from_torch(old, before, jnp.zeros(3))
 
 
@@ -518,12 +524,12 @@ def test_a_rate_of_some_leaves_or_none_is_refused(system):
     rule = adamjax.scale_by_adam(eps=1e-8) if system == "torch" else adamjax.scale_by_adam()
     rate = adamjax.scale_by_learning_rate(0.1)
     variables = [
-        *NAMED,
+        *NAMED_VARIABLES,
         ("adam/z_momentum", np.full(3, 0.5)),
         ("adam/z_velocity", np.ones(3)),
     ]
     call = {
-        "torch": lambda tx: convert.from_torch(torch_of(arrays), tx, params),
+        "torch": lambda tx: convert.from_torch(torch_with_moments(arrays), tx, params),
         "keras": lambda tx: convert.from_keras(variables, tx, params),
     }[system]
     call(adamjax.chain(rule, rate))
@@ -548,13 +554,13 @@ def test_a_decay_of_tx_that_follows_a_schedule_is_refused(keras):
     def chain(rule, decay):
         return adamjax.chain(rule, adamjax.add_decayed_weights(decay), rate)
 
-    optimizer = keras_adam(keras, cls="AdamW", weight_decay=0.3)
+    optimizer = keras_optimizer(keras, cls="AdamW", weight_decay=0.3)
     options = {"weight_decay": 0.3, "decoupled_weight_decay": True}
     for read, old, rule, params in (
         (convert.from_keras, optimizer, KERAS_RULE, KERAS_PARAMS),
         (
             convert.from_torch,
-            torch_of([np.ones(3, "f")], **options),
+            torch_with_moments([np.ones(3, "f")], **options),
             adamjax.scale_by_adam(eps=1e-8),
             jnp.zeros(3),
         ),
@@ -562,7 +568,7 @@ def test_a_decay_of_tx_that_follows_a_schedule_is_refused(keras):
         read(old, chain(rule, adamjax.constant(0.3)), params)
         with pytest.raises(ValueError, match=message):
             read(old, chain(rule, ends), params)
-    old = torch_of([np.ones(3, "f")], weight_decay=0.3)
+    old = torch_with_moments([np.ones(3, "f")], weight_decay=0.3)
     tx = adamjax.chain(adamjax.add_decayed_weights(ends), adam_like_optax())
     with pytest.raises(ValueError, match=message):
         convert.from_torch(old, tx, jnp.zeros(3))
@@ -574,8 +580,10 @@ def test_leaves_that_the_other_optimizer_does_not_have_stay_as_they_are(system):
     rule = adamjax.scale_by_adam(**({"eps": 1e-8} if system == "torch" else {"eps_hat": 1e-7}))
     rate, zero = adamjax.scale_by_learning_rate(0.1), adamjax.set_to_zero()
     frozen = adamjax.partition([("base", zero)], default=rule)
-    torch_state_dict = torch_of([np.ones(2, "f")], weight_decay=0.3, decoupled_weight_decay=True)
-    variables = [("adamw" + name[4:], x) for name, x in NAMED]
+    torch_state_dict = torch_with_moments(
+        [np.ones(2, "f")], weight_decay=0.3, decoupled_weight_decay=True
+    )
+    variables = [("adamw" + name[4:], x) for name, x in NAMED_VARIABLES]
 
     def convert_to(tx):
         if system == "torch":

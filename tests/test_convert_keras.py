@@ -8,24 +8,24 @@ import numpy as np
 import optax
 import pytest
 from conversions import (
-    BEFORE,
-    FALLS,
+    HALVING,
     KERAS_PARAMS,
     KERAS_RULE,
-    NAMED,
+    NAMED_VARIABLES,
     PARAMS,
     PATHS,
     RATE,
-    exact_taken,
+    STEPS_BEFORE,
     gradient,
-    keras_adam,
-    keras_layers,
-    keras_pairs,
+    keras_optimizer,
+    keras_variables,
+    keras_variables_named,
+    new_noises,
     new_params,
-    noise,
     numbered_keras,
-    only_rows,
-    ours_taken,
+    run_adamjax,
+    run_exact_rows,
+    zero_other_rows,
 )
 from support import assert_close, assert_same
 
@@ -35,7 +35,7 @@ from adamjax import convert
 # --- runs that change their optimizer -------------------------------------------------------------
 
 
-KERAS = {
+KERAS_AND_ADAMJAX = {
     "adam": (lambda k: k.Adam(RATE), lambda: adamjax.adam(RATE)),
     "adam, an epsilon that matters": (
         lambda k: k.Adam(RATE, beta_1=0.8, epsilon=1e-2),
@@ -97,7 +97,7 @@ KERAS = {
 }
 
 
-class Keras:
+class KerasRun:
     """A Keras optimizer with its variables."""
 
     def __init__(self, keras, make, params):
@@ -118,14 +118,14 @@ class Keras:
     def params(self):
         return self.treedef.unflatten([jnp.asarray(v.value) for v in self.variables])
 
-    def take(self, noises):
+    def run(self, noises):
         kept = [v.value for v in self.optimizer.variables]
-        params, visited = [v.value for v in self.variables], []
+        params, trajectory = [v.value for v in self.variables], []
         for n in noises:
             params, kept = self.step(kept, params, n)
-            visited.append(self.treedef.unflatten(params))
+            trajectory.append(self.treedef.unflatten(params))
         self.load(self.treedef.unflatten(params), kept)
-        return visited
+        return trajectory
 
     def load(self, params, kept):
         pairs = [(self.variables, jax.tree.leaves(params)), (self.optimizer.variables, kept)]
@@ -139,25 +139,25 @@ class Keras:
         return self.treedef.unflatten(found) if found else None
 
 
-@pytest.mark.parametrize("name", KERAS)
+@pytest.mark.parametrize("name", KERAS_AND_ADAMJAX)
 def test_a_run_that_comes_from_keras_and_one_that_goes_to_it(name, keras, x64):
-    make, make_ours = KERAS[name]
-    ours, noises, params = make_ours(), noise(), new_params()
-    theirs = Keras(keras, make, params)
-    theirs.take(noises[:BEFORE])
+    make, make_ours = KERAS_AND_ADAMJAX[name]
+    ours, noises, params = make_ours(), new_noises(), new_params()
+    theirs = KerasRun(keras, make, params)
+    theirs.run(noises[:STEPS_BEFORE])
     middle = theirs.params
     state = convert.from_keras(theirs.optimizer.variables, ours, middle)
-    expected = theirs.take(noises[BEFORE:])
-    actual, state = ours_taken(ours, middle, state, noises[BEFORE:])
+    expected = theirs.run(noises[STEPS_BEFORE:])
+    actual, state = run_adamjax(ours, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
     if theirs.average is not None:
         assert_close(adamjax.averaged_weights(state), theirs.average, rtol=1e-12)
 
-    (*_, middle), state = ours_taken(ours, params, ours.init(params), noises[:BEFORE])
-    expected, after = ours_taken(ours, middle, state, noises[BEFORE:])
+    (*_, middle), state = run_adamjax(ours, params, ours.init(params), noises[:STEPS_BEFORE])
+    expected, after = run_adamjax(ours, middle, state, noises[STEPS_BEFORE:])
     # What the run before has left in the optimizer is all replaced.
     theirs.load(middle, convert.to_keras(state, ours, middle, theirs.optimizer.variables))
-    actual = theirs.take(noises[BEFORE:])
+    actual = theirs.run(noises[STEPS_BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
     if theirs.average is not None:
         assert_close(theirs.average, adamjax.averaged_weights(after), rtol=1e-12)
@@ -165,18 +165,18 @@ def test_a_run_that_comes_from_keras_and_one_that_goes_to_it(name, keras, x64):
 
 @pytest.mark.slow
 def test_keras_into_exact_rows(keras, x64):
-    noises = noise()
+    noises = new_noises()
     ours = adamjax.exact_rows(
         adamjax.chain(adamjax.adam(RATE), adamjax.weight_ema(0.75)), "^embed", history=2048
     )
-    theirs = Keras(keras, lambda k: k.Adam(RATE, use_ema=True, ema_momentum=0.75), new_params())
-    theirs.take(noises[:BEFORE])
+    theirs = KerasRun(keras, lambda k: k.Adam(RATE, use_ema=True, ema_momentum=0.75), new_params())
+    theirs.run(noises[:STEPS_BEFORE])
     middle = theirs.params
     state = convert.from_keras(theirs.optimizer.variables, ours, middle)
-    for step, n in enumerate(noises[BEFORE:]):
-        grads = only_rows(jax.tree.map(gradient, theirs.params, n), step)
+    for step, n in enumerate(noises[STEPS_BEFORE:]):
+        grads = zero_other_rows(jax.tree.map(gradient, theirs.params, n), step)
         theirs.optimizer.apply(jax.tree.leaves(grads))
-    actual, state = exact_taken(ours, middle, state, noises[BEFORE:])
+    actual, state = run_exact_rows(ours, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, theirs.params, rtol=1e-8)
     assert_close(adamjax.averaged_weights(state), theirs.average, rtol=1e-8)
     values = convert.to_keras(state, ours, actual, theirs.optimizer.variables)
@@ -187,7 +187,7 @@ def test_keras_into_exact_rows(keras, x64):
 # --- forms of variables ---------------------------------------------------------------------------
 
 
-KERAS_NAMES = {
+TF_KERAS_SLOTS = {
     "momentum": "m",
     "velocity": "v",
     "velocity_hat": "vhat",
@@ -198,7 +198,7 @@ KERAS_NAMES = {
 
 def tf_keras_name(path):
     """As tf_keras names the variable that Keras 3 names so."""
-    for theirs, short in KERAS_NAMES.items():
+    for theirs, short in TF_KERAS_SLOTS.items():
         if path.endswith(f"_{theirs}"):
             owner, leaf = path.removesuffix(f"_{theirs}").split("/")
             return f"{owner}/{short}/{leaf}/kernel:0"
@@ -220,10 +220,10 @@ def legacy_name(path):
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", ["adam", "amsgrad", "adamax", "amsgrad, average"])
 def test_every_form_of_keras_variables(name, keras, x64):
-    make, make_ours = KERAS[name]
+    make, make_ours = KERAS_AND_ADAMJAX[name]
     ours = make_ours()
-    theirs = Keras(keras, make, new_params())
-    theirs.take(noise()[:2])
+    theirs = KerasRun(keras, make, new_params())
+    theirs.run(new_noises()[:2])
     variables, params = theirs.optimizer.variables, theirs.params
     expected = convert.from_keras(variables, ours, params)
     assert int(adamjax.step_count(expected)) == 2
@@ -261,11 +261,11 @@ def test_arrays_as_savez_numbers_them():
 def test_names_of_keras_may_be_bytes():
     """As in the attributes of a `.h5` file."""
     tx, params = adamjax.adam(0.1), {"w": jnp.zeros(2)}
-    expected = convert.from_keras(NAMED, tx, params)
+    expected = convert.from_keras(NAMED_VARIABLES, tx, params)
     for variables in (
-        [(name.encode(), x) for name, x in NAMED],
-        [[name, x] for name, x in NAMED],
-        {name.encode(): x for name, x in NAMED},
+        [(name.encode(), x) for name, x in NAMED_VARIABLES],
+        [[name, x] for name, x in NAMED_VARIABLES],
+        {name.encode(): x for name, x in NAMED_VARIABLES},
     ):
         assert_same(convert.from_keras(variables, tx, params), expected)
 
@@ -335,14 +335,14 @@ def test_bfloat16_as_numpy_loads_it_is_refused_with_the_way_to_read_it():
 LAYERS = ["dense", *(f"dense_{i}" for i in range(1, 12))]
 
 
-def layered(names):
+def layer_params(names):
     return {name: {"kernel": jnp.zeros(2)} for name in names}
 
 
 def test_variables_of_keras_are_taken_by_their_names():
     """A dictionary has dense_10 before dense_2."""
-    params, tx = layered(LAYERS), adamjax.adam(RATE)
-    pairs = keras_layers([f"sequential_{name}_kernel" for name in LAYERS])
+    params, tx = layer_params(LAYERS), adamjax.adam(RATE)
+    pairs = keras_variables_named([f"sequential_{name}_kernel" for name in LAYERS])
     expected = {n: {"kernel": jnp.full(2, i + 1.0)} for i, n in enumerate(LAYERS)}
     # In the order of the slots, and of the variables sorted by name, too.
     by_slot = sorted(pairs, key=lambda pair: pair[0].rsplit("_", 1)[-1])
@@ -359,7 +359,7 @@ def test_variables_of_keras_are_taken_by_their_names():
     assert_same(adamjax.get_slot(convert.from_keras(pairs, tx, params, order=order), "m"), expected)
     with pytest.raises(ValueError, match=r"order has 'dense_1/kernel' in the place of Keras's 's"):
         convert.from_keras(pairs, tx, params, order=[*order[1::-1], *order[2:]])
-    other = keras_layers([f"conv_{i}" for i in range(12)])
+    other = keras_variables_named([f"conv_{i}" for i in range(12)])
     with pytest.raises(ValueError, match=r"Keras names its parameters \['conv_0'.*give order="):
         convert.from_keras(other, tx, params)
     mixed = [*pairs[:-1], ("adam/sequential_dense_1_kernel_velocity", pairs[-1][1])]
@@ -371,7 +371,7 @@ def test_variables_of_keras_are_taken_by_their_names():
 
 
 def sorted_pairs(names):
-    return dict(sorted(keras_layers(names)))
+    return dict(sorted(keras_variables_named(names)))
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,11 @@ def sorted_pairs(names):
             "the names are sorted, so their order need not be",
         ),
         (  # safetensors sorts by dtype and then by name
-            dict(sorted(keras_layers(["zeta", "beta", "mid"]), key=lambda p: p[1].dtype.kind)),
+            dict(
+                sorted(
+                    keras_variables_named(["zeta", "beta", "mid"]), key=lambda p: p[1].dtype.kind
+                )
+            ),
             "not in Keras' order",
         ),
     ],
@@ -398,7 +402,7 @@ def test_names_of_keras_that_were_sorted_give_no_order(variables, fault):
     params = {f"l{i}": jnp.zeros(2) for i in range(3)}
     paths = ["l0", "l1", "l2"]
     for tree, order in ((params, paths), (list(params.values()), None)):
-        state = convert.from_keras(keras_layers(size), tx, tree, order=order, check=False)
+        state = convert.from_keras(keras_variables_named(size), tx, tree, order=order, check=False)
         for call in (
             lambda tree=tree, order=order: convert.from_keras(variables, tx, tree, order=order),
             lambda state=state, tree=tree, order=order: convert.to_keras(
@@ -541,7 +545,7 @@ def test_square_weights_may_be_the_transposes_of_keras_kernels(leaf, name):
 # --- which optimizers are converted ---------------------------------------------------------------
 
 
-def built_keras(keras, kind, **options):
+def keras_after_two_steps(keras, kind, **options):
     """A Keras optimizer after two steps."""
     optimizer = getattr(keras.optimizers, kind)(0.1, **options)
     w = keras.Variable(np.ones(3, np.float32), name="w")
@@ -574,7 +578,7 @@ KERAS_OPTIMIZERS = {
 def test_of_keras_optimizers_only_adams_are_taken(name, named, keras):
     if not hasattr(keras.optimizers, name):
         pytest.skip(f"this Keras has no {name}")
-    optimizer = built_keras(keras, name, **KERAS_OPTIMIZERS[name])
+    optimizer = keras_after_two_steps(keras, name, **KERAS_OPTIMIZERS[name])
     variables = [(v.path, np.asarray(v)) for v in optimizer.variables]
     variables = variables if named else [x for _, x in variables]
     makes = {"Adamax": adamjax.adamax, "AdamW": adamjax.adamw, "Nadam": adamjax.nadam}
@@ -591,7 +595,7 @@ def test_of_keras_optimizers_only_adams_are_taken(name, named, keras):
 
 def test_all_of_keras_optimizers_but_adams_are_refused(keras):
     """Those of future versions too."""
-    taken, params = set(), {"w": jnp.ones(3)}
+    accepted, params = set(), {"w": jnp.ones(3)}
     for name, kind in vars(keras.optimizers).items():
         if not isinstance(kind, type) or name in ("Optimizer", "OptimizerMap", "MultiOptimizer"):
             continue
@@ -605,18 +609,18 @@ def test_all_of_keras_optimizers_but_adams_are_refused(keras):
                 except ValueError as error:
                     assert "from_keras: " in str(error)  # noqa: PT017
                 else:
-                    taken.add((name, tx.__name__))
+                    accepted.add((name, tx.__name__))
     # Keras' Adam may have a weight decay too.
     expected = {("Adam", "adam"), ("Adam", "adamw"), ("AdamW", "adamw")}
     expected |= {("Adamax", "adamax"), ("Nadam", "nadam")}
-    assert taken == expected
+    assert accepted == expected
 
 
 def test_keras_optimizers_of_another_name(keras):
     """A name of one's own does not say which optimizer it is of: the optimizer itself does."""
     params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
     for kind, options in [("Adam", {}), ("Lamb", {}), ("ScheduleFreeAdamW", {})]:
-        optimizer = built_keras(keras, kind, name="mine", **options)
+        optimizer = keras_after_two_steps(keras, kind, name="mine", **options)
         bare = [(v.name, np.asarray(v)) for v in optimizer.variables]
         for variables, problem in [
             (optimizer.variables, "an optimizer that is named 'mine'"),
@@ -629,14 +633,14 @@ def test_keras_optimizers_of_another_name(keras):
         else:
             with pytest.raises(ValueError, match=rf"the optimizer is a keras.*{kind}: expected"):
                 convert.from_keras(optimizer, tx, params)
-    called_adam = built_keras(keras, "RMSprop", name="adam", momentum=0.9)
+    called_adam = keras_after_two_steps(keras, "RMSprop", name="adam", momentum=0.9)
     with pytest.raises(ValueError, match="velocities come before momenta"):
         convert.from_keras(called_adam.variables, tx, params)
 
 
 @pytest.mark.parametrize("prefix", ["lamb", "my_own", "lazy_adam", "rectified_adam", "adam_mini"])
 def test_names_of_other_optimizers_are_refused(prefix):
-    pairs, params = keras_layers(["a"], prefix), {"a": jnp.zeros(2)}
+    pairs, params = keras_variables_named(["a"], prefix), {"a": jnp.zeros(2)}
     with pytest.raises(ValueError, match=rf"an optimizer that is named '{prefix}'"):
         convert.from_keras(pairs, adamjax.adam(RATE), params)
     state = adamjax.adam(RATE).init(params)
@@ -647,20 +651,22 @@ def test_names_of_other_optimizers_are_refused(prefix):
 
 def test_numbered_names_of_keras_optimizers():
     for prefix, tx in [("adam_1", adamjax.adam), ("adam_w_12", adamjax.adamw)]:
-        convert.from_keras(keras_layers(["a"], prefix), tx(RATE), jnp.zeros(2))
+        convert.from_keras(keras_variables_named(["a"], prefix), tx(RATE), jnp.zeros(2))
     for prefix in ("adam_w_12", "AdamW"):
         with pytest.raises(ValueError, match=r"Keras has AdamW's weight decay, tx has none: build"):
-            convert.from_keras(keras_layers(["a"], prefix), adamjax.adam(RATE), jnp.zeros(2))
+            convert.from_keras(
+                keras_variables_named(["a"], prefix), adamjax.adam(RATE), jnp.zeros(2)
+            )
     with pytest.raises(ValueError, match=r"those of nadam; for adam, expected"):
-        convert.from_keras(keras_layers(["a"], "nadam"), adamjax.adam(RATE), jnp.zeros(2))
+        convert.from_keras(keras_variables_named(["a"], "nadam"), adamjax.adam(RATE), jnp.zeros(2))
 
 
 def test_names_of_rmsprop_of_tf_keras_are_not_those_of_adam():
     names = ["m", "v"], ["momentum", "velocity"]
-    for taken, (m, v) in zip((True, False), names, strict=True):
+    for is_adam, (m, v) in zip((True, False), names, strict=True):
         pairs = [("iteration:0", np.array(1))]
         pairs += [(f"{role}/dense/kernel:0", np.ones(2, np.float32)) for role in (m, v)]
-        if taken:
+        if is_adam:
             convert.from_keras(pairs, adamjax.adam(RATE), jnp.zeros(2))
         else:
             with pytest.raises(ValueError, match="cannot tell what 'momentum/dense/kernel:0' is"):
@@ -669,14 +675,17 @@ def test_names_of_rmsprop_of_tf_keras_are_not_those_of_adam():
 
 def test_what_is_passed_in_place_of_a_keras_optimizer_is_named(keras):
     params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
-    adam = built_keras(keras, "Adam")
+    adam = keras_after_two_steps(keras, "Adam")
     scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1))
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model.compile(keras.optimizers.Adam(0.1), "mse")
-    several = built_keras(keras, "Adam")
+    several = keras_after_two_steps(keras, "Adam")
     several.__class__ = type("MultiOptimizer", (type(several),), {"optimizers": [adam]})
     for given, message in [
-        (built_keras(keras, "SGD", momentum=0.9), r"is a keras.*SGD: expected Keras' Adam"),
+        (
+            keras_after_two_steps(keras, "SGD", momentum=0.9),
+            r"is a keras.*SGD: expected Keras' Adam",
+        ),
         (scaled, r"LossScaleOptimizer: expected .* Convert its inner_optimizer"),
         (several, r"MultiOptimizer: expected .* Convert each of its optimizers by itself"),
         (model, r"is a keras.*Sequential: expected .* Pass its optimizer"),
@@ -703,35 +712,43 @@ def test_a_keras_optimizer_that_is_not_built_is_refused(keras):
 
 def test_what_keras_keeps_is_compared():
     params, adam = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE)
-    convert.from_keras(keras_pairs(), adam, params)
+    convert.from_keras(keras_variables(), adam, params)
     for pairs, tx, message in [
-        (keras_pairs(), adamjax.adam(0.5), r"'a': Keras has a learning rate of 0.0625, tx has 0.5"),
         (
-            keras_pairs(),
+            keras_variables(),
+            adamjax.adam(0.5),
+            r"'a': Keras has a learning rate of 0.0625, tx has 0.5",
+        ),
+        (
+            keras_variables(),
             adamjax.adam(RATE, eps=1e-7),
             r"'a': Keras has epsilon added to the uncorrected",
         ),
-        (keras_pairs(), adamjax.amsgrad(RATE), r"for amsgrad, expected .*'velocity_hat'"),
-        (keras_pairs()[:-1], adam, r"there are 1 of velocity"),
-        (keras_pairs([("adam/step_counter", np.ones(2))]), adam, r"cannot tell what 'adam/step_c"),
-        ([x for _, x in keras_pairs()][:-1], adam, r"arrays without names fit nothing"),
+        (keras_variables(), adamjax.amsgrad(RATE), r"for amsgrad, expected .*'velocity_hat'"),
+        (keras_variables()[:-1], adam, r"there are 1 of velocity"),
         (
-            keras_pairs([(f"adam/{p}_average", x) for p, x in PARAMS.items()]),
+            keras_variables([("adam/step_counter", np.ones(2))]),
+            adam,
+            r"cannot tell what 'adam/step_c",
+        ),
+        ([x for _, x in keras_variables()][:-1], adam, r"arrays without names fit nothing"),
+        (
+            keras_variables([(f"adam/{p}_average", x) for p, x in PARAMS.items()]),
             adam,
             r"has an average of 'a', but tx has no weight_ema",
         ),
         (
-            keras_pairs([(f"adam/{p}_gradient_accumulator", x) for p, x in PARAMS.items()]),
+            keras_variables([(f"adam/{p}_gradient_accumulator", x) for p, x in PARAMS.items()]),
             adam,
             r"wrap tx in accumulate_gradients",
         ),
         (
-            keras_pairs(),
+            keras_variables(),
             adamjax.accumulate_gradients(adamjax.adam(adamjax.constant(RATE)), 2),
             r"Keras calls a schedule with the number of micro-batches",
         ),
         (
-            keras_pairs(),
+            keras_variables(),
             adamjax.accumulate_gradients(adamjax.chain(adam, adamjax.weight_ema(0.9)), 2),
             r"put weight_ema after accumulate_gradients",
         ),
@@ -825,7 +842,7 @@ def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
             r"but tx has accumulate_gradients",
         ),
     ]:
-        optimizer = built_keras(keras, "Adam", **options)
+        optimizer = keras_after_two_steps(keras, "Adam", **options)
         tx = tx or adamjax.accumulate_gradients(adamjax.adam(0.1), 2)
         with pytest.raises(ValueError, match=problem):
             convert.from_keras(optimizer, tx, params)
@@ -848,14 +865,14 @@ def test_what_keras_does_beside_its_rule_is_refused(keras):
 
     variables = [keras.Variable(np.ones(3), name=name) for name in KERAS_PARAMS]
     variables[1].constraint = keras.constraints.NonNeg()
-    optimizer = keras_adam(keras, variables=variables)
+    optimizer = keras_optimizer(keras, variables=variables)
     expect_refusal(optimizer, r"the variable of 'v1' has constraint=.*NonNeg")
     only = adamjax.masked(tx, "v0")
     convert.from_keras(optimizer, only, KERAS_PARAMS, order=["v0", None])
-    optimizer = keras_adam(keras, use_ema=True)
+    optimizer = keras_optimizer(keras, use_ema=True)
     optimizer.use_ema = False
     expect_refusal(optimizer, "use_ema of the optimizer is False, but it has the variables")
-    optimizer = keras_adam(keras, amsgrad=True)
+    optimizer = keras_optimizer(keras, amsgrad=True)
     optimizer.amsgrad = False
     expect_refusal(optimizer, "amsgrad of the optimizer is False, but it has the variables")
 
@@ -877,7 +894,7 @@ def test_what_keras_does_to_gradients_may_be_built(keras):
             adamjax.accumulate_gradients(clipped_by(adamjax.clip_by_value(0.5)), 2),
         ),
     ]:
-        convert.from_keras(built_keras(keras, "Adam", **options), tx, params)
+        convert.from_keras(keras_after_two_steps(keras, "Adam", **options), tx, params)
 
 
 def test_a_global_norm_of_keras_is_that_of_all_leaves(keras):
@@ -957,7 +974,7 @@ def test_micro_batches_of_keras_in_another_number():
     params, tx = {"a": jnp.zeros(2)}, adamjax.accumulate_gradients(adamjax.adam(RATE), 4)
 
     def pairs(iteration, total):
-        found = [("adam/iteration", np.array(iteration)), *keras_layers(["a"])[1:]]
+        found = [("adam/iteration", np.array(iteration)), *keras_variables_named(["a"])[1:]]
         return [*found, ("adam/a_gradient_accumulator", np.full(2, total, np.float32))]
 
     assert int(convert.from_keras(pairs(8, 0), tx, params).inner[0].count) == 2
@@ -974,7 +991,7 @@ def test_a_factor_is_outside_of_the_accumulation_amid_a_step(keras):
     inside = adamjax.chain(adamjax.accumulate_gradients(adamjax.chain(factor, KERAS_RULE), 3), rate)
     outside = adamjax.chain(factor, adamjax.accumulate_gradients(KERAS_RULE, 3), rate)
     for calls in (3, 4):
-        optimizer = keras_adam(keras, calls, **options)
+        optimizer = keras_optimizer(keras, calls, **options)
         for total in optimizer._accumulated_gradients:
             total.assign(np.full(3, calls - 3.0))
         convert.from_keras(optimizer, outside, KERAS_PARAMS)
@@ -986,7 +1003,7 @@ def test_a_factor_is_outside_of_the_accumulation_amid_a_step(keras):
 
 
 def test_a_decay_outside_of_the_accumulation_of_keras_is_refused(keras):
-    optimizer = keras_adam(keras, 4, "AdamW", weight_decay=0.1, gradient_accumulation_steps=2)
+    optimizer = keras_optimizer(keras, 4, "AdamW", weight_decay=0.1, gradient_accumulation_steps=2)
     decay, rate = adamjax.add_decayed_weights(0.1), adamjax.scale_by_learning_rate(0.1)
     inside = adamjax.accumulate_gradients(adamjax.chain(KERAS_RULE, decay), 2)
     inside = adamjax.chain(inside, rate)
@@ -1007,9 +1024,9 @@ def test_a_decay_outside_of_the_accumulation_of_keras_is_refused(keras):
 
 def test_a_schedule_by_path_within_the_accumulation_of_keras_is_refused(keras):
     falls = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
-    optimizer = keras_adam(keras, gradient_accumulation_steps=2)
+    optimizer = keras_optimizer(keras, gradient_accumulation_steps=2)
     optimizer._learning_rate = falls
-    rates = adamjax.by_path([("v0", FALLS)], default=FALLS)
+    rates = adamjax.by_path([("v0", HALVING)], default=HALVING)
     tx = adamjax.accumulate_gradients(adamjax.adam(rates), 2)
     with pytest.raises(ValueError, match="calls a schedule with the number of micro-batches"):
         convert.from_keras(optimizer, tx, KERAS_PARAMS)
@@ -1018,7 +1035,7 @@ def test_a_schedule_by_path_within_the_accumulation_of_keras_is_refused(keras):
 # --- schedules ------------------------------------------------------------------------------------
 
 
-def keras_of_rate(keras, rate, count=0):
+def keras_adam_with_rate(keras, rate, count=0):
     """A Keras Adam with this rate after `count` steps."""
     optimizer = keras.optimizers.Adam(rate)
     optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
@@ -1034,13 +1051,13 @@ def test_a_function_that_keras_calls_without_arguments_is_no_schedule(keras):
         return 0.1 * 0.5**step
 
     for given in (lambda: 0.1, rate):
-        optimizer = keras_of_rate(keras, given, 5)
+        optimizer = keras_adam_with_rate(keras, given, 5)
         with pytest.raises(ValueError, match=r"a learning rate that follows a schedule \(a "):
             convert.from_keras(optimizer, adamjax.adam(0.1), params)
         with pytest.raises(ValueError, match=r"a learning rate of 0\.1, tx has 0\.003125"):
             convert.from_keras(optimizer, adamjax.adam(lambda count: 0.1 * 0.5**count), params)
         convert.from_keras(optimizer, adamjax.adam(adamjax.constant(0.1)), params)
-    optimizer = keras_of_rate(keras, lambda count: 0.1)
+    optimizer = keras_adam_with_rate(keras, lambda count: 0.1)
     with pytest.raises(ValueError, match=r"cannot be called without arguments, as Keras calls it"):
         convert.from_keras(optimizer, adamjax.adam(falls(0.1, 100)), params)
 
@@ -1065,7 +1082,7 @@ def test_a_schedule_of_keras_is_called_with_what_keras_passes(keras):
         (Noam(), warm(40), (warm(400), adamjax.constant(0.1))),
         (OfValue(), halving, (adamjax.exponential_decay(1.0, 50, 0.5), warm(40))),
     ):
-        optimizer = keras_of_rate(keras, schedule, 5)
+        optimizer = keras_adam_with_rate(keras, schedule, 5)
         convert.from_keras(optimizer, adamjax.adam(right), params)
         assert int(optimizer.iterations) == 5
         for tx in map(adamjax.adam, others):
@@ -1099,16 +1116,16 @@ def test_a_schedule_of_keras_that_cannot_be_called(keras):
     def table(end):
         return lambda n: jnp.linspace(0.1, end, 100)[jnp.minimum(n, 99)]
 
-    optimizer = keras_of_rate(keras, Table(), 5)
+    optimizer = keras_adam_with_rate(keras, Table(), 5)
     convert.from_keras(optimizer, adamjax.adam(table(0.01)), params)
     with pytest.raises(ValueError, match="Keras has a learning rate of"):
         convert.from_keras(optimizer, adamjax.adam(table(0.02)), params)
-    for late in (keras_of_rate(keras, Table(), 100), keras_of_rate(keras, Broken())):
+    for late in (keras_adam_with_rate(keras, Table(), 100), keras_adam_with_rate(keras, Broken())):
         message = r"that cannot be compared: a .* cannot be called at count .*Error: .*check=False"
         with pytest.raises(ValueError, match=message):
             convert.from_keras(late, adamjax.adam(table(0.01)), params)
         convert.from_keras(late, adamjax.adam(table(0.01)), params, check=False)
-    optimizer = keras_of_rate(keras, NaNAtFirst())
+    optimizer = keras_adam_with_rate(keras, NaNAtFirst())
     convert.from_keras(optimizer, adamjax.adam(lambda n: 0.1 * n / n), params)
     with pytest.raises(ValueError, match="a learning rate of nan"):
         convert.from_keras(optimizer, adamjax.adam(0.1), params)
@@ -1124,9 +1141,9 @@ def test_a_schedule_that_keras_computes_in_integers_is_not_its_formula(keras):
         lambda one: schedules.PolynomialDecay(one, 100, 0.1),
     ):
         tx = adamjax.from_config(config(keras.optimizers.Adam(make(1.0))))
-        convert.from_keras(keras_of_rate(keras, make(1.0), 50), tx, params)
+        convert.from_keras(keras_adam_with_rate(keras, make(1.0), 50), tx, params)
         for one in (1, np.int64(1)):
-            optimizer = keras_of_rate(keras, make(one), 50)
+            optimizer = keras_adam_with_rate(keras, make(one), 50)
             with pytest.raises(ValueError, match=r"in integers.* a float, such as 0.0 or 1.0"):
                 convert.from_keras(optimizer, tx, params)
         with pytest.raises(ValueError, match=r"initial_learning_rate: .* in integers"):
@@ -1136,7 +1153,7 @@ def test_a_schedule_that_keras_computes_in_integers_is_not_its_formula(keras):
 def test_a_schedule_of_keras_is_compared_closely_with_a_function(keras):
     """The two differ between powers of two, at no end of a part."""
     params, schedules = {"w": jnp.ones(3)}, keras.optimizers.schedules
-    optimizer = keras_of_rate(keras, schedules.ExponentialDecay(0.1, 1000, 0.5), 3)
+    optimizer = keras_adam_with_rate(keras, schedules.ExponentialDecay(0.1, 1000, 0.5), 3)
     for factor in (1.0, 0.1):
         tx = adamjax.adam(
             lambda n, x=factor: 0.1 * 0.5 ** (n / 1000) * jnp.where((n >= 300) & (n < 500), x, 1.0)
@@ -1321,7 +1338,7 @@ def test_keras_has_one_count_for_all(keras):
     falls = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
     optimizer = keras.optimizers.Adam(falls)
     optimizer.build([keras.Variable(np.ones(3), name=name) for name in KERAS_PARAMS])
-    tx = adamjax.chain(adamjax.skip_not_finite(KERAS_RULE), adamjax.scale_by_learning_rate(FALLS))
+    tx = adamjax.chain(adamjax.skip_not_finite(KERAS_RULE), adamjax.scale_by_learning_rate(HALVING))
     state = tx.init(KERAS_PARAMS)
     _, state = tx.update(KERAS_PARAMS, state, KERAS_PARAMS)
     convert.to_keras(state, tx, KERAS_PARAMS, optimizer)
@@ -1345,19 +1362,19 @@ def test_variables_that_keras_excludes_from_decay(keras, x64):
 
     masked = adamjax.adamw(RATE, weight_decay=0.125, mask="^(?!.*bias)")
     of_all = adamjax.adamw(RATE, weight_decay=0.125)
-    noises, theirs = noise(), Keras(keras, make, new_params())
-    theirs.take(noises[:BEFORE])
+    noises, theirs = new_noises(), KerasRun(keras, make, new_params())
+    theirs.run(noises[:STEPS_BEFORE])
     middle = theirs.params
     with pytest.raises(ValueError, match=r"'head/bias'.* decay of 0, .*mask= of the leaves"):
         convert.from_keras(theirs.optimizer, of_all, middle)
     # What `load_model` does: the exclusions are in no config.
-    forgetful = Keras(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
+    forgetful = KerasRun(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
     with pytest.raises(ValueError, match=r"'head/bias'.*load_model.*exclude_from_weight_decay"):
         convert.from_keras(forgetful.optimizer, masked, middle)
     state = convert.from_keras(theirs.optimizer, masked, middle)
-    actual, state = ours_taken(masked, middle, state, noises[BEFORE:])
-    assert_close(actual, theirs.take(noises[BEFORE:]), rtol=1e-12)
-    whole = Keras(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
+    actual, state = run_adamjax(masked, middle, state, noises[STEPS_BEFORE:])
+    assert_close(actual, theirs.run(noises[STEPS_BEFORE:]), rtol=1e-12)
+    whole = KerasRun(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
     with pytest.raises(ValueError, match=r"a weight decay of 0\.125.*with a mask= that this leaf"):
         convert.from_keras(whole.optimizer, masked, middle)
     # Keras says what is excluded, and adamjax what decays: turned around, it is refused.
@@ -1366,7 +1383,7 @@ def test_variables_that_keras_excludes_from_decay(keras, x64):
         with pytest.raises(ValueError, match=r"weight decay of 0\.125, tx has 0 before .* mask="):
             convert.from_keras(theirs.optimizer, wrong, middle)
     # An optimizer without a weight decay.
-    plain = Keras(keras, lambda k: k.Adam(RATE), new_params())
+    plain = KerasRun(keras, lambda k: k.Adam(RATE), new_params())
     with pytest.raises(ValueError, match=r"has a weight decay of 0, .*leave the decay out"):
         convert.from_keras(plain.optimizer, of_all, middle)
 
@@ -1389,7 +1406,7 @@ def test_a_decay_of_keras_follows_the_schedule_of_the_rate(keras):
 def test_a_variable_of_keras_that_was_frozen_stays_as_it_is(keras):
     zero, params = adamjax.set_to_zero(), KERAS_PARAMS
     variables = [keras.Variable(np.ones(3, np.float32), name=name) for name in params]
-    optimizer = keras_adam(keras, 3, "AdamW", variables, weight_decay=0.3)
+    optimizer = keras_optimizer(keras, 3, "AdamW", variables, weight_decay=0.3)
     adamw = adamjax.adamw(0.1, weight_decay=0.3)
     convert.from_keras(optimizer, adamw, params)
     variables[1].trainable = False
@@ -1423,8 +1440,8 @@ def test_a_variable_of_keras_that_was_frozen_stays_as_it_is(keras):
 
 
 def test_a_keras_average_before_the_first_step(keras, x64):
-    make, make_ours = KERAS["amsgrad, average"]
-    theirs = Keras(keras, make, new_params())
+    make, make_ours = KERAS_AND_ADAMJAX["amsgrad, average"]
+    theirs = KerasRun(keras, make, new_params())
     args = theirs.optimizer.variables, make_ours(), theirs.params
     with pytest.raises(ValueError, match="in its first step Keras 3 sets its average"):
         convert.from_keras(*args)
@@ -1433,7 +1450,7 @@ def test_a_keras_average_before_the_first_step(keras, x64):
     # A state that has taken no step does not go on in Keras either.
     with pytest.raises(ValueError, match="in its first step Keras 3 sets its average"):
         convert.to_keras(state, args[1], theirs.params, theirs.optimizer)
-    theirs.take(noise()[:1])
+    theirs.run(new_noises()[:1])
     state = convert.from_keras(theirs.optimizer.variables, make_ours(), theirs.params)
     assert_close(adamjax.averaged_weights(state), theirs.params, rtol=1e-15)
 
@@ -1456,7 +1473,7 @@ def test_a_keras_average_in_the_first_accumulated_step(keras):
 
 
 def test_an_average_of_some_leaves_does_not_drop_that_of_others(keras):
-    optimizer = keras_adam(keras, 2, use_ema=True, ema_momentum=0.5)
+    optimizer = keras_optimizer(keras, 2, use_ema=True, ema_momentum=0.5)
     average = adamjax.weight_ema(0.5)
     some = adamjax.chain(adamjax.adam(0.1), adamjax.masked(average, "v0"))
     with pytest.raises(ValueError, match=r"an average of 'v1', but tx has no weight_ema"):
@@ -1464,8 +1481,8 @@ def test_an_average_of_some_leaves_does_not_drop_that_of_others(keras):
     tx = adamjax.chain(adamjax.adam(0.1), average)
     state = convert.from_keras(optimizer, tx, KERAS_PARAMS)
     with pytest.raises(ValueError, match=r"has an average of the weights, but the optimizer has n"):
-        convert.to_keras(state, tx, KERAS_PARAMS, keras_adam(keras))
-    convert.to_keras(state, tx, KERAS_PARAMS, keras_adam(keras), check=False)
+        convert.to_keras(state, tx, KERAS_PARAMS, keras_optimizer(keras))
+    convert.to_keras(state, tx, KERAS_PARAMS, keras_optimizer(keras), check=False)
 
 
 # --- the product of Nadam -------------------------------------------------------------------------
@@ -1473,20 +1490,22 @@ def test_an_average_of_some_leaves_does_not_drop_that_of_others(keras):
 
 def test_keras_nadam_without_its_product(keras, x64):
     """tf_keras keeps the product of momenta outside of its variables."""
-    make, make_ours = KERAS["nadam"]
-    theirs = Keras(keras, make, new_params())
-    theirs.take(noise()[:BEFORE])
+    make, make_ours = KERAS_AND_ADAMJAX["nadam"]
+    theirs = KerasRun(keras, make, new_params())
+    theirs.run(new_noises()[:STEPS_BEFORE])
     *pairs, (_, product) = [(v.path, np.asarray(v.value)) for v in theirs.optimizer.variables]
     state = convert.from_keras(pairs, make_ours(), theirs.params)
     assert_close(state[0].momentum_product, jnp.asarray(product), rtol=1e-6)
 
 
-def momenta(decay, b1=0.9):
+def product_of_momenta(decay, b1=0.9):
     return np.prod([b1 * (1 - 0.5 * 0.96 ** (decay * t)) for t in range(1, 8)])
 
 
 @pytest.mark.parametrize(
-    "product", [momenta(0.004), momenta(1, 0.8), np.nan], ids=["legacy", "b1", "nan"]
+    "product",
+    [product_of_momenta(0.004), product_of_momenta(1, 0.8), np.nan],
+    ids=["legacy", "b1", "nan"],
 )
 def test_a_product_of_other_momenta_is_refused(product):
     """The momentum of the legacy Nadam of Keras has another schedule, which nothing else shows."""
@@ -1497,8 +1516,8 @@ def test_a_product_of_other_momenta_is_refused(product):
         values = (np.array(7), np.float32(product), np.full(2, 0.5, "f"), np.ones(2, "f"))
         return [(f"Nadam/{name}:0", x) for name, x in zip(names, values, strict=True)]
 
-    state = convert.from_keras(kept(momenta(1)), tx, params)
-    assert_same(state[0].momentum_product, jnp.float32(momenta(1)))
+    state = convert.from_keras(kept(product_of_momenta(1)), tx, params)
+    assert_same(state[0].momentum_product, jnp.float32(product_of_momenta(1)))
     with pytest.raises(ValueError, match=r"from_keras: the product of momenta is .* after 7 steps"):
         convert.from_keras(kept(product), tx, params)
     convert.from_keras(kept(product), tx, params, check=False)

@@ -8,26 +8,26 @@ import numpy as np
 import optax
 import pytest
 from conversions import (
-    BEFORE,
     PARAMS,
     PATHS,
     RATE,
-    TWO,
+    STEPS_BEFORE,
+    TWO_LEAVES,
     adam_like_optax,
-    dense_taken,
-    exact_taken,
     fresh_torch,
     gradient,
+    new_noises,
     new_params,
-    noise,
     numbered_torch,
-    only_rows,
-    ours_taken,
-    plain_dict,
-    rows_of,
+    plain_torch_dict,
+    rows_of_step,
+    run_adamjax,
+    run_dense,
+    run_exact_rows,
     torch_after_a_step,
-    torch_of,
-    torch_state,
+    torch_state_dict,
+    torch_with_moments,
+    zero_other_rows,
 )
 from support import assert_close, assert_same
 
@@ -38,14 +38,14 @@ from adamjax import convert
 
 
 # For a torch optimizer before its first step, which shows neither orders nor transpositions.
-FRESH = {"order": PATHS, "adapt": lambda path, x: x}
+FRESH_OPTIONS = {"order": PATHS, "adapt": lambda path, x: x}
 
 
 def negated(*transforms):
     return adamjax.chain(adamjax.scale(-1.0), *transforms)
 
 
-TORCH = {
+TORCH_AND_ADAMJAX = {
     "adam": (lambda o, ps: o.Adam(ps, RATE), lambda: adamjax.adam(RATE, eps=1e-8)),
     "adam, decay in the gradient": (
         lambda o, ps: o.Adam(ps, RATE, eps=1e-2, weight_decay=0.1),
@@ -78,7 +78,7 @@ TORCH = {
 }
 
 
-class Torch:
+class TorchRun:
     """An optimizer of torch with its parameters, in groups."""
 
     def __init__(self, torch, make, params, names=PATHS):
@@ -93,18 +93,18 @@ class Torch:
     def params(self):
         return self.treedef.unflatten([self.held[p].detach().numpy().copy() for p in PATHS])
 
-    def take(self, noises, after_each=lambda: None, sparse=False):
-        visited = []
+    def run(self, noises, after_each=lambda: None, sparse=False):
+        trajectory = []
         for step, n in enumerate(noises):
             for path, x in zip(PATHS, jax.tree.leaves(n), strict=True):
                 p = self.held[path]
                 p.grad = gradient(p.detach(), self.torch.from_numpy(np.array(x)))
                 if sparse:
-                    p.grad = self._sparse(p.grad, rows_of(step) % len(p))
+                    p.grad = self._sparse(p.grad, rows_of_step(step) % len(p))
             self.optimizer.step()
             after_each()
-            visited.append(jax.tree.map(jnp.asarray, self.params))
-        return visited
+            trajectory.append(jax.tree.map(jnp.asarray, self.params))
+        return trajectory
 
     def _sparse(self, g, rows):
         rows = self.torch.from_numpy(np.unique(rows))
@@ -121,37 +121,37 @@ class Torch:
 TORCH_RTOL = {"nadam": 1e-10}
 
 
-@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.parametrize("name", TORCH_AND_ADAMJAX)
 @pytest.mark.slow
 def test_a_run_that_comes_from_torch(name, torch, x64):
-    make, make_ours = TORCH[name]
-    ours, noises = make_ours(), noise()
-    theirs = Torch(torch, make, new_params())
-    theirs.take(noises[:BEFORE])
+    make, make_ours = TORCH_AND_ADAMJAX[name]
+    ours, noises = make_ours(), new_noises()
+    theirs = TorchRun(torch, make, new_params())
+    theirs.run(noises[:STEPS_BEFORE])
     middle = jax.tree.map(jnp.asarray, theirs.params)
     state = convert.from_torch(theirs.optimizer.state_dict(), ours, middle)
-    expected = theirs.take(noises[BEFORE:])
-    actual, _ = ours_taken(ours, middle, state, noises[BEFORE:])
+    expected = theirs.run(noises[STEPS_BEFORE:])
+    actual, _ = run_adamjax(ours, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, expected, rtol=TORCH_RTOL.get(name, 1e-12))
 
 
-@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.parametrize("name", TORCH_AND_ADAMJAX)
 def test_a_run_that_goes_to_torch(name, torch, x64):
-    make, make_ours = TORCH[name]
-    ours, noises, params = make_ours(), noise(), new_params()
-    (*_, middle), state = ours_taken(ours, params, ours.init(params), noises[:BEFORE])
-    expected, _ = ours_taken(ours, middle, state, noises[BEFORE:])
-    theirs = Torch(torch, make, middle)
+    make, make_ours = TORCH_AND_ADAMJAX[name]
+    ours, noises, params = make_ours(), new_noises(), new_params()
+    (*_, middle), state = run_adamjax(ours, params, ours.init(params), noises[:STEPS_BEFORE])
+    expected, _ = run_adamjax(ours, middle, state, noises[STEPS_BEFORE:])
+    theirs = TorchRun(torch, make, middle)
     target = theirs.optimizer.state_dict()
-    theirs.load(convert.to_torch(state, ours, middle, target, **FRESH))
-    assert_close(theirs.take(noises[BEFORE:]), expected, rtol=TORCH_RTOL.get(name, 1e-12))
+    theirs.load(convert.to_torch(state, ours, middle, target, **FRESH_OPTIONS))
+    assert_close(theirs.run(noises[STEPS_BEFORE:]), expected, rtol=TORCH_RTOL.get(name, 1e-12))
 
 
 # Two groups, in another order than that of our leaves.
-GROUPED = ["head/kernel", "embed/table", "head/bias"]
+GROUPED_PATHS = ["head/kernel", "embed/table", "head/bias"]
 
 
-def grouped(o, ps):
+def adamw_with_groups(o, ps):
     groups = [
         {"params": [ps[0]], "weight_decay": 0.1},
         {"params": ps[1:], "lr": 0.03, "weight_decay": 0.0},
@@ -159,42 +159,47 @@ def grouped(o, ps):
     return o.AdamW(groups, RATE)
 
 
-def ours_grouped(rate):
+def adamw_like_groups(rate):
     return adamjax.adamw(rate, eps=1e-8, weight_decay=0.1, mask="kernel$")
 
 
 def test_groups_of_torch_with_a_scheduler(torch, x64):
-    noises = noise()
-    theirs = Torch(torch, grouped, new_params(), GROUPED)
+    noises = new_noises()
+    theirs = TorchRun(torch, adamw_with_groups, new_params(), GROUPED_PATHS)
     falls = torch.optim.lr_scheduler.LambdaLR(theirs.optimizer, lambda t: 1 / (1 + 0.1 * t))
-    theirs.take(noises[:BEFORE], falls.step)
+    theirs.run(noises[:STEPS_BEFORE], falls.step)
     middle = jax.tree.map(jnp.asarray, theirs.params)
     rates = [adamjax.inverse_time_decay(lr, 1, 0.1) for lr in (RATE, 0.03)]
-    ours = ours_grouped(adamjax.by_path([("kernel$", rates[0])], default=rates[1]))
+    ours = adamw_like_groups(adamjax.by_path([("kernel$", rates[0])], default=rates[1]))
     kept = theirs.optimizer.state_dict()
-    state = convert.from_torch(kept, ours, middle, order=GROUPED)
-    expected = theirs.take(noises[BEFORE:], falls.step)
-    actual, after = ours_taken(ours, middle, state, noises[BEFORE:])
+    state = convert.from_torch(kept, ours, middle, order=GROUPED_PATHS)
+    expected = theirs.run(noises[STEPS_BEFORE:], falls.step)
+    actual, after = run_adamjax(ours, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
-    back = convert.to_torch(after, ours, actual[-1], theirs.optimizer.state_dict(), order=GROUPED)
+    back = convert.to_torch(
+        after, ours, actual[-1], theirs.optimizer.state_dict(), order=GROUPED_PATHS
+    )
     for key, held in theirs.optimizer.state_dict()["state"].items():
         for name, x in held.items():
             assert_close(back["state"][key][name], x.numpy(), rtol=1e-12)
     for order, problem in [
         (PATHS, r"m of 'embed/table' has shape \[3, 4\], expected \[6, 3\]"),
-        (GROUPED[:2], r"3 parameters, but order has 2"),
-        ([*GROUPED[:2], "head/gain"], r"the leaf 'head/gain', but params has no float leaf there"),
+        (GROUPED_PATHS[:2], r"3 parameters, but order has 2"),
+        (
+            [*GROUPED_PATHS[:2], "head/gain"],
+            r"the leaf 'head/gain', but params has no float leaf there",
+        ),
     ]:
         with pytest.raises(ValueError, match=problem):
             convert.from_torch(kept, ours, middle, order=order)
     with pytest.raises(
         ValueError, match=r"'head/kernel': torch has a learning rate of 0.03125, tx"
     ):
-        convert.from_torch(kept, ours_grouped(0.01), middle, order=GROUPED)
+        convert.from_torch(kept, adamw_like_groups(0.01), middle, order=GROUPED_PATHS)
 
 
 def test_a_transposed_kernel_of_torch(torch, x64):
-    noises, ours = noise(), adamjax.adam(RATE, eps=1e-8)
+    noises, ours = new_noises(), adamjax.adam(RATE, eps=1e-8)
 
     def turned(path, x):
         return x.T if path == "head/kernel" else x
@@ -202,13 +207,13 @@ def test_a_transposed_kernel_of_torch(torch, x64):
     def turn(tree):
         return {**tree, "head": {**tree["head"], "kernel": tree["head"]["kernel"].T}}
 
-    theirs = Torch(torch, TORCH["adam"][0], turn(new_params()))
-    theirs.take([turn(n) for n in noises[:BEFORE]])
+    theirs = TorchRun(torch, TORCH_AND_ADAMJAX["adam"][0], turn(new_params()))
+    theirs.run([turn(n) for n in noises[:STEPS_BEFORE]])
     middle = jax.tree.map(jnp.asarray, turn(theirs.params))
     kept = theirs.optimizer.state_dict()
     state = convert.from_torch(kept, ours, middle, adapt=turned)
-    expected = [turn(p) for p in theirs.take([turn(n) for n in noises[BEFORE:]])]
-    actual, after = ours_taken(ours, middle, state, noises[BEFORE:])
+    expected = [turn(p) for p in theirs.run([turn(n) for n in noises[STEPS_BEFORE:]])]
+    actual, after = run_adamjax(ours, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
     back = convert.to_torch(after, ours, middle, theirs.optimizer.state_dict(), adapt=turned)
     kernel = theirs.optimizer.state_dict()["state"][2]["exp_avg"].numpy()
@@ -217,39 +222,39 @@ def test_a_transposed_kernel_of_torch(torch, x64):
         convert.from_torch(kept, ours, middle)
 
 
-def lazy_taken(tx, params, state, noises):
-    visited = []
+def run_lazy(tx, params, state, noises):
+    trajectory = []
     for step, n in enumerate(noises):
         grads = jax.tree.map(gradient, params, n)
         grads = jax.tree.map(
             lambda g, s=step: adamjax.row_gradient(
-                jnp.asarray(np.unique(rows_of(s) % len(g))),
-                g[np.unique(rows_of(s) % len(g))],
+                jnp.asarray(np.unique(rows_of_step(s) % len(g))),
+                g[np.unique(rows_of_step(s) % len(g))],
                 len(g),
             ),
             grads,
         )
         updates, state = tx.update(grads, state, params)
         params = adamjax.apply_updates(params, updates)
-        visited.append(params)
-    return visited, state
+        trajectory.append(params)
+    return trajectory, state
 
 
 @pytest.mark.slow
 def test_sparse_adam_of_torch(torch, x64):
-    noises = noise()
-    theirs = Torch(torch, lambda o, ps: o.SparseAdam(ps, RATE), new_params())
+    noises = new_noises()
+    theirs = TorchRun(torch, lambda o, ps: o.SparseAdam(ps, RATE), new_params())
     ours = adamjax.adam(RATE, eps_hat=1e-8, rows="lazy")
-    theirs.take(noises[:BEFORE], sparse=True)
+    theirs.run(noises[:STEPS_BEFORE], sparse=True)
     middle = jax.tree.map(jnp.asarray, theirs.params)
     kept = theirs.optimizer.state_dict()
     state = convert.from_torch(kept, ours, middle)
-    new = Torch(torch, lambda o, ps: o.SparseAdam(ps, RATE), middle)
-    new.load(convert.to_torch(state, ours, middle, new.optimizer.state_dict(), **FRESH))
-    expected = theirs.take(noises[BEFORE:], sparse=True)
-    actual, _ = lazy_taken(ours, middle, state, noises[BEFORE:])
+    new = TorchRun(torch, lambda o, ps: o.SparseAdam(ps, RATE), middle)
+    new.load(convert.to_torch(state, ours, middle, new.optimizer.state_dict(), **FRESH_OPTIONS))
+    expected = theirs.run(noises[STEPS_BEFORE:], sparse=True)
+    actual, _ = run_lazy(ours, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
-    assert_close(new.take(noises[BEFORE:], sparse=True), expected, rtol=1e-15)
+    assert_close(new.run(noises[STEPS_BEFORE:], sparse=True), expected, rtol=1e-15)
     with pytest.raises(ValueError, match=r"added to the uncorrected root \(eps_hat=1e-08\)"):
         convert.from_torch(kept, adamjax.adam(RATE, eps=1e-8, rows="lazy"), middle)
     # Rows that stood still move from here on, in exact_rows as in the dense rule.
@@ -258,30 +263,30 @@ def test_sparse_adam_of_torch(torch, x64):
     with pytest.raises(ValueError, match=r"stand still without a gradient, tx has exact_rows"):
         convert.from_torch(kept, exact, middle)
     state = convert.from_torch(kept, exact, middle, check=False)
-    actual, _ = exact_taken(exact, middle, state, noises[BEFORE:])
+    actual, _ = run_exact_rows(exact, middle, state, noises[STEPS_BEFORE:])
     state = convert.from_torch(kept, dense, middle, check=False)
-    expected, _ = dense_taken(dense, middle, state, noises[BEFORE:])
+    expected, _ = run_dense(dense, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, expected, rtol=1e-8)
 
 
 @pytest.mark.slow
 def test_torch_into_exact_rows_with_row_gradients(torch, x64):
-    noises = noise()
-    theirs = Torch(
+    noises = new_noises()
+    theirs = TorchRun(
         torch, lambda o, ps: o.AdamW(ps, RATE, weight_decay=0.1, amsgrad=True), new_params()
     )
     rule = adamjax.scale_by_amsgrad(eps=1e-8)
     tail = (adamjax.add_decayed_weights(0.1), adamjax.scale_by_learning_rate(RATE))
     ours = adamjax.exact_rows(adamjax.chain(rule, *tail), "^embed", history=2048)
-    theirs.take(noises[:BEFORE])
+    theirs.run(noises[:STEPS_BEFORE])
     middle = jax.tree.map(jnp.asarray, theirs.params)
     state = convert.from_torch(theirs.optimizer.state_dict(), ours, middle)
-    for step, n in enumerate(noises[BEFORE:]):
-        grads = only_rows(jax.tree.map(gradient, theirs.params, n), step)
+    for step, n in enumerate(noises[STEPS_BEFORE:]):
+        grads = zero_other_rows(jax.tree.map(gradient, theirs.params, n), step)
         for path, g in zip(PATHS, jax.tree.leaves(grads), strict=True):
             theirs.held[path].grad = torch.from_numpy(np.array(g))
         theirs.optimizer.step()
-    actual, after = exact_taken(ours, middle, state, noises[BEFORE:])
+    actual, after = run_exact_rows(ours, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, jax.tree.map(jnp.asarray, theirs.params), rtol=1e-8)
     back = convert.to_torch(after, ours, actual, theirs.optimizer.state_dict())
     for key, held in theirs.optimizer.state_dict()["state"].items():
@@ -291,15 +296,15 @@ def test_torch_into_exact_rows_with_row_gradients(torch, x64):
 
 def test_torch_in_float32_and_bfloat16(torch):
     """bfloat16 tensors, which NumPy does not know, and float32 ones to rounding."""
-    noises = noise(dtype=np.float32)
-    theirs = Torch(torch, TORCH["adam"][0], new_params(np.float32))
+    noises = new_noises(dtype=np.float32)
+    theirs = TorchRun(torch, TORCH_AND_ADAMJAX["adam"][0], new_params(np.float32))
     ours = adamjax.adam(RATE, eps=1e-8)
-    theirs.take(noises[:BEFORE])
+    theirs.run(noises[:STEPS_BEFORE])
     middle = jax.tree.map(jnp.asarray, theirs.params)
     state = convert.from_torch(theirs.optimizer.state_dict(), ours, middle)
-    actual, _ = ours_taken(ours, middle, state, noises[BEFORE:])
+    actual, _ = run_adamjax(ours, middle, state, noises[STEPS_BEFORE:])
     # torch computes its scalars in float64: twenty steps' roundings are left.
-    assert_close(actual, theirs.take(noises[BEFORE:]), rtol=2e-6)
+    assert_close(actual, theirs.run(noises[STEPS_BEFORE:]), rtol=2e-6)
     for p in theirs.held.values():
         p.data, p.grad = p.data.bfloat16(), p.data.bfloat16()
     theirs.optimizer = torch.optim.Adam(theirs.held.values(), RATE)
@@ -362,7 +367,7 @@ def test_fused_steps_of_torch_go_on(layout, torch):
 # --- which optimizers are converted ---------------------------------------------------------------
 
 
-def built_torch(name, named=False, **options):
+def torch_after_two_steps(name, named=False, **options):
     """A state dict of torch after two steps."""
     torch = pytest.importorskip("torch")
     w = torch.nn.Parameter(torch.ones(3, 2))
@@ -394,7 +399,7 @@ def test_of_torch_optimizers_only_adams_are_taken(name, torch):
     if not hasattr(torch.optim, name):
         pytest.skip(f"this torch has no {name}")
     params = {"w": jnp.ones((3, 2))}
-    state_dict = built_torch(name, **({"momentum": 0.9} if name == "SGD" else {}))
+    state_dict = torch_after_two_steps(name, **({"momentum": 0.9} if name == "SGD" else {}))
     if name in ADAMS_OF_TORCH:
         state = convert.from_torch(state_dict, ADAMS_OF_TORCH[name](), params, rtol=1e-4)
         assert int(adamjax.step_count(state)) == 2
@@ -407,7 +412,7 @@ def test_of_torch_optimizers_only_adams_are_taken(name, torch):
 
 def test_all_of_torch_optimizers_but_adams_are_refused(torch):
     """Those of future versions too: they have keys of their own."""
-    taken, params = set(), [jnp.ones((3, 2))]
+    accepted, params = set(), [jnp.ones((3, 2))]
     txs = {
         "adam": adamjax.adam(0.1, eps=1e-8),
         "amsgrad": adamjax.amsgrad(0.1, eps=1e-8),
@@ -429,10 +434,10 @@ def test_all_of_torch_optimizers_but_adams_are_refused(torch):
                 with pytest.raises(ValueError, match="to_torch: "):
                     convert.to_torch(tx.init(params), tx, params, kept, adapt=lambda path, x: x)
             else:
-                taken.add((name, key))
+                accepted.add((name, key))
                 convert.to_torch(state, tx, params, kept, adapt=lambda path, x: x)
     adams = {("Adam", "adam"), ("AdamW", "adam"), ("Adamax", "adamax"), ("NAdam", "nadam")}
-    assert taken == {*adams, ("SparseAdam", "lazy")}
+    assert accepted == {*adams, ("SparseAdam", "lazy")}
 
 
 # --- state dicts ----------------------------------------------------------------------------------
@@ -440,7 +445,7 @@ def test_all_of_torch_optimizers_but_adams_are_refused(torch):
 
 def test_a_step_of_torch_may_be_an_array_of_one_element():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
-    given = torch_state()
+    given = torch_state_dict()
     for held in given["state"].values():
         held["step"] = np.array([5.0], np.float32)
     state = convert.from_torch(given, tx, params)
@@ -453,8 +458,11 @@ def test_a_step_of_torch_may_be_an_array_of_one_element():
 
 def test_moments_of_torch_are_not_rounded_from_its_first_step_on_either():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8, m_dtype="bfloat16")
-    taken, fresh = torch_state(exp_avg=PARAMS["a"] * 0.3), {**torch_state(), "state": {}}
-    for given in (taken, fresh):
+    trained, fresh = (
+        torch_state_dict(exp_avg=PARAMS["a"] * 0.3),
+        {**torch_state_dict(), "state": {}},
+    )
+    for given in (trained, fresh):
         with pytest.raises(ValueError, match=r"m of 'a' is .* and would be rounded to bfloat16"):
             convert.from_torch(given, tx, params)
         convert.from_torch(given, tx, params, check=False)
@@ -477,7 +485,7 @@ def test_the_product_of_nadam_is_a_copy():
         assert float(state[0].momentum_product) > 0.4
 
 
-TORCH_STRANGE = {
+STRANGE = {
     "a key of another optimizer": (
         lambda s: s["param_groups"][0].update(bias_correction=True),
         r"has the options \[.*'bias_correction'.*Remove keys of your own from the groups",
@@ -511,25 +519,25 @@ TORCH_STRANGE = {
 }
 
 
-@pytest.mark.parametrize("name", TORCH_STRANGE)
+@pytest.mark.parametrize("name", STRANGE)
 def test_strange_states_of_torch_are_refused(name):
-    change, message = TORCH_STRANGE[name]
+    change, message = STRANGE[name]
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
-    kept = torch_state()
+    kept = torch_state_dict()
     convert.from_torch(kept, tx, params)
     change(kept)
     with pytest.raises(ValueError, match=f"from_torch: .*{message}"):
         convert.from_torch(kept, tx, params)
 
 
-def with_group(**changes):
+def changed_group(**changes):
     def change(found):
         return {**found, "param_groups": [{**found["param_groups"][0], **changes}]}
 
     return change
 
 
-def with_held(held):
+def changed_state_of_0(held):
     return lambda found: {**found, "state": {**found["state"], 0: held(found["state"][0])}}
 
 
@@ -537,23 +545,29 @@ MALFORMED = {
     "a state": (lambda found: {**found, "state": [1]}, r"'state' is \[1\] of type list"),
     "groups": (lambda found: {**found, "param_groups": None}, "'param_groups' is None"),
     "a group": (lambda found: {**found, "param_groups": [3]}, "a group of 'param_groups' is 3"),
-    "no params": (with_group(params=None), "'params' of a group is None"),
-    "a number for params": (with_group(params=3), "'params' of a group is 3 of type int"),
-    "lists in params": (with_group(params=[0, [1]]), r"'params' of a group is \[1\]"),
-    "twice": (with_group(params=[0, 0]), "is 0 of type int, expected each parameter once"),
-    "too few": (with_group(params=[0]), "groups have 1 parameters"),
-    "a list": (with_held(list), r"the state of parameter 0 is \['step', .*expected a dictionary"),
-    "no moment": (with_held(lambda x: {**x, "exp_avg": None}), "exp_avg of 'w' is None"),
-    "text": (with_held(lambda x: {**x, "exp_avg_sq": ["1", "2"]}), "expected a number or an array"),
-    "no step": (with_held(lambda x: {**x, "step": None}), "the count of 'w' is None"),
-    "a step of text": (with_held(lambda x: {**x, "step": "7"}), "the count of 'w' is '7'"),
-    "no rate": (with_group(lr=None), "lr of a group of torch is None"),
-    "a rate of text": (with_group(lr="0.1"), "lr of a group of torch is '0.1' of type str"),
-    "an epsilon of text": (with_group(eps="1e-8"), "eps of a group of torch is '1e-8'"),
-    "one beta": (with_group(betas=[0.9]), r"betas of a group of torch are \[0.9\]"),
-    "no beta": (with_group(betas=(0.9, None)), "a beta of a group of torch is None"),
-    "a flag of text": (with_group(amsgrad="false"), "amsgrad .* is 'false', expected True or"),
-    "names": (with_group(param_names="wz"), "has the param_names 'wz', expected a list of"),
+    "no params": (changed_group(params=None), "'params' of a group is None"),
+    "a number for params": (changed_group(params=3), "'params' of a group is 3 of type int"),
+    "lists in params": (changed_group(params=[0, [1]]), r"'params' of a group is \[1\]"),
+    "twice": (changed_group(params=[0, 0]), "is 0 of type int, expected each parameter once"),
+    "too few": (changed_group(params=[0]), "groups have 1 parameters"),
+    "a list": (
+        changed_state_of_0(list),
+        r"the state of parameter 0 is \['step', .*expected a dictionary",
+    ),
+    "no moment": (changed_state_of_0(lambda x: {**x, "exp_avg": None}), "exp_avg of 'w' is None"),
+    "text": (
+        changed_state_of_0(lambda x: {**x, "exp_avg_sq": ["1", "2"]}),
+        "expected a number or an array",
+    ),
+    "no step": (changed_state_of_0(lambda x: {**x, "step": None}), "the count of 'w' is None"),
+    "a step of text": (changed_state_of_0(lambda x: {**x, "step": "7"}), "the count of 'w' is '7'"),
+    "no rate": (changed_group(lr=None), "lr of a group of torch is None"),
+    "a rate of text": (changed_group(lr="0.1"), "lr of a group of torch is '0.1' of type str"),
+    "an epsilon of text": (changed_group(eps="1e-8"), "eps of a group of torch is '1e-8'"),
+    "one beta": (changed_group(betas=[0.9]), r"betas of a group of torch are \[0.9\]"),
+    "no beta": (changed_group(betas=(0.9, None)), "a beta of a group of torch is None"),
+    "a flag of text": (changed_group(amsgrad="false"), "amsgrad .* is 'false', expected True or"),
+    "names": (changed_group(param_names="wz"), "has the param_names 'wz', expected a list of"),
 }
 
 
@@ -562,11 +576,11 @@ def test_malformed_state_dicts_are_refused(what):
     change, message = MALFORMED[what]
     tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
     order = ["w", "z"]
-    state = convert.from_torch(plain_dict(), tx, params, order=order)
+    state = convert.from_torch(plain_torch_dict(), tx, params, order=order)
     with pytest.raises(ValueError, match=f"from_torch: .*{message}"):
-        convert.from_torch(change(plain_dict()), tx, params, order=order)
+        convert.from_torch(change(plain_torch_dict()), tx, params, order=order)
     with pytest.raises(ValueError, match=f"to_torch: .*{message}"):
-        convert.to_torch(state, tx, params, change(plain_dict()), order=order)
+        convert.to_torch(state, tx, params, change(plain_torch_dict()), order=order)
 
 
 def test_the_flattened_form_of_torch_is_named():
@@ -585,7 +599,7 @@ def test_tensors_that_are_not_plain_are_refused():
         def detach(self):
             raise AssertionError("not asked")
 
-    kept = torch_state(exp_avg=DTensor())
+    kept = torch_state_dict(exp_avg=DTensor())
     with pytest.raises(ValueError, match=r"exp_avg of 'a' is a .*DTensor, expected a plain tensor"):
         convert.from_torch(kept, adamjax.adam(RATE, eps=1e-8), jax.tree.map(jnp.asarray, PARAMS))
 
@@ -706,7 +720,7 @@ def test_shapes_of_a_torch_optimizer_show_a_wrong_order():
 
 def test_a_function_that_reshapes_hides_the_order():
     params = {"query": jnp.zeros((2, 2)), "scale": jnp.zeros(4)}
-    old, tx = torch_of([np.ones(4, "f"), np.full(4, 2.0, "f")]), adam_like_optax()
+    old, tx = torch_with_moments([np.ones(4, "f"), np.full(4, 2.0, "f")]), adam_like_optax()
 
     def adapt(path, x):
         return x.reshape(params[path].shape)
@@ -717,7 +731,7 @@ def test_a_function_that_reshapes_hides_the_order():
     assert adamjax.get_slot(state, "m")["query"].shape == (2, 2)
     with pytest.raises(ValueError, match=r"adapt raises an error for exp_avg of 'query', .*order"):
         convert.from_torch(
-            torch_of([np.ones(3, "f"), np.ones(4, "f")]),
+            torch_with_moments([np.ones(3, "f"), np.ones(4, "f")]),
             tx,
             params,
             order=list(params),
@@ -814,7 +828,10 @@ def test_kernels_of_torch_whose_shape_does_not_show_the_order_of_dimensions(shap
 
 
 def test_names_of_torch_that_are_not_weight_do_not_say_what_is_transposed():
-    old, params = torch_of([np.eye(2, dtype="f")], ["lin.W"]), {"lin": {"kernel": jnp.eye(2)}}
+    old, params = (
+        torch_with_moments([np.eye(2, dtype="f")], ["lin.W"]),
+        {"lin": {"kernel": jnp.eye(2)}},
+    )
     with pytest.raises(ValueError, match=r"transposes of kernels.*adapt="):
         convert.from_torch(old, adam_like_optax(), params, order=["lin/kernel"])
 
@@ -847,20 +864,20 @@ def test_an_adapt_that_makes_no_array_is_refused(adapt, error, message):
     tx, params = adamjax.adam(0.1, eps=1e-8), [jnp.zeros(2), jnp.zeros(2)]
     message = message.replace("'w'", "'0'")
     with pytest.raises(error, match=f"from_torch: {message}"):
-        convert.from_torch(plain_dict(), tx, params, adapt=adapt)
+        convert.from_torch(plain_torch_dict(), tx, params, adapt=adapt)
     if "shape" not in message:
-        state = convert.from_torch(plain_dict(), tx, params)
+        state = convert.from_torch(plain_torch_dict(), tx, params)
         with pytest.raises(error, match=f"to_torch: {message}"):
-            convert.to_torch(state, tx, params, plain_dict(), adapt=adapt)
-    state = convert.from_torch(plain_dict(), tx, params)
+            convert.to_torch(state, tx, params, plain_torch_dict(), adapt=adapt)
+    state = convert.from_torch(plain_torch_dict(), tx, params)
     for fine in (lambda path, x: jnp.asarray(x), lambda *both: both[1].tolist()):
-        assert_same(convert.from_torch(plain_dict(), tx, params, adapt=fine), state)
+        assert_same(convert.from_torch(plain_torch_dict(), tx, params, adapt=fine), state)
 
 
 # --- hyperparameters and rates --------------------------------------------------------------------
 
 
-TORCH_REFUSED = {
+DIFFERENT_OPTIONS = {
     "epsilon": (
         {"eps": 1e-6},
         r"'a': torch has eps=1e-06, tx has eps=1e-08: build tx with eps=1e-06",
@@ -882,20 +899,22 @@ TORCH_REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", TORCH_REFUSED)
+@pytest.mark.parametrize("name", DIFFERENT_OPTIONS)
 def test_what_torch_says_is_compared(name):
-    group, message = TORCH_REFUSED[name]
+    group, message = DIFFERENT_OPTIONS[name]
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
-    convert.from_torch(torch_state(), tx, params)
+    convert.from_torch(torch_state_dict(), tx, params)
     with pytest.raises(ValueError, match=message):
-        convert.from_torch(torch_state(group), tx, params)
-    convert.from_torch(torch_state({"betas": (0.9, float(np.float32(0.999)))}), tx, params)
+        convert.from_torch(torch_state_dict(group), tx, params)
+    convert.from_torch(torch_state_dict({"betas": (0.9, float(np.float32(0.999)))}), tx, params)
     state = tx.init(params)
-    convert.to_torch(state, tx, params, {**torch_state(), "state": {}}, order=["a", "b"])
+    convert.to_torch(state, tx, params, {**torch_state_dict(), "state": {}}, order=["a", "b"])
     # The error begins alike, and then also says how to change the target.
     start = re.split("those of amsgrad|(?<=[a-z0-9]): (?:build|put|begin)", message)[0]
     with pytest.raises(ValueError, match=f"to_torch: .*{start}"):
-        convert.to_torch(state, tx, params, {**torch_state(group), "state": {}}, order=["a", "b"])
+        convert.to_torch(
+            state, tx, params, {**torch_state_dict(group), "state": {}}, order=["a", "b"]
+        )
 
 
 def test_an_error_says_how_a_target_gets_the_rate_of_tx(torch):
@@ -927,7 +946,7 @@ def test_rates_that_float32_does_not_have_are_the_same(rate, schedule):
     """torch computes in float64; near its end, what float32 leaves of a cosine is another rate."""
     params = jax.tree.map(jnp.asarray, PARAMS)
     for count in (10, 900, 990, 998):
-        given = torch_state({"lr": rate(count)})
+        given = torch_state_dict({"lr": rate(count)})
         for held in given["state"].values():
             held["step"] = count
         convert.from_torch(given, adamjax.adam(schedule, eps=1e-8), params)
@@ -953,7 +972,7 @@ def test_a_rate_is_compared_as_a_step_computes_it(name):
             0.1 / 1.36,
         ),
     }[name]
-    params, given = jax.tree.map(jnp.asarray, PARAMS), torch_state({"lr": rate})
+    params, given = jax.tree.map(jnp.asarray, PARAMS), torch_state_dict({"lr": rate})
     for held in given["state"].values():
         held["step"] = count
     convert.from_torch(given, adamjax.adam(right, eps=1e-8), params)
@@ -965,9 +984,9 @@ def test_a_rate_is_compared_as_a_step_computes_it(name):
 def test_a_rate_that_is_scaled_is_another_rate():
     params, adam = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
     with pytest.raises(ValueError, match=r"rate of 0.0625, tx has 0.03125 for the next step"):
-        convert.from_torch(torch_state(), adamjax.chain(adam, adamjax.scale(0.5)), params)
+        convert.from_torch(torch_state_dict(), adamjax.chain(adam, adamjax.scale(0.5)), params)
     parts = adamjax.scale_by_adam(eps=1e-8), adamjax.scale(-RATE)
-    convert.from_torch(torch_state(), adamjax.chain(*parts), params)
+    convert.from_torch(torch_state_dict(), adamjax.chain(*parts), params)
 
 
 def test_what_schedulers_of_torch_note_for_themselves(torch):
@@ -986,14 +1005,14 @@ def test_what_schedulers_of_torch_note_for_themselves(torch):
 
 
 def test_maximize_is_a_negation():
-    state_dict = built_torch("Adam", maximize=True)
+    state_dict = torch_after_two_steps("Adam", maximize=True)
     params, plain = {"w": jnp.ones((3, 2))}, adamjax.adam(0.1, eps=1e-8)
     negated = adamjax.chain(adamjax.scale(-1.0), plain)
     convert.from_torch(state_dict, negated, params)
     with pytest.raises(ValueError, match=r"maximize=True.*begin tx with scale\(-1.0\)"):
         convert.from_torch(state_dict, plain, params)
     with pytest.raises(ValueError, match=r"gradients as they are, tx has scale.*leave it out"):
-        convert.from_torch(built_torch("Adam"), negated, params)
+        convert.from_torch(torch_after_two_steps("Adam"), negated, params)
 
 
 # --- weight decays, clips and averages ------------------------------------------------------------
@@ -1029,7 +1048,7 @@ DECAYED = {
 @pytest.mark.parametrize("name", DECAYED)
 def test_a_decay_is_compared_as_it_comes_to_the_step(name):
     decoupled, parts, problem = DECAYED[name]
-    given = torch_state({"weight_decay": 0.5, "decoupled_weight_decay": decoupled})
+    given = torch_state_dict({"weight_decay": 0.5, "decoupled_weight_decay": decoupled})
     params = jax.tree.map(jnp.asarray, PARAMS)
     made = parts(adamjax.scale_by_adam(eps=1e-8), adamjax.add_decayed_weights(0.5))
     tx = adamjax.chain(*made, adamjax.scale_by_learning_rate(RATE))
@@ -1042,7 +1061,7 @@ def test_a_decay_is_compared_as_it_comes_to_the_step(name):
 
 def test_a_decay_in_front_of_the_negation_is_not_that_of_maximize():
     params = jax.tree.map(jnp.asarray, PARAMS)
-    kept = torch_state({"maximize": True, "weight_decay": 0.5})
+    kept = torch_state_dict({"maximize": True, "weight_decay": 0.5})
     parts = adamjax.scale(-1.0), adamjax.add_decayed_weights(0.5)
     adam = adamjax.adam(RATE, eps=1e-8)
     convert.from_torch(kept, adamjax.chain(*parts, adam), params)
@@ -1061,7 +1080,7 @@ def test_sparse_adam_of_torch_has_no_decay():
 
 def test_torch_clips_before_its_weight_decay():
     decay, clip = adamjax.add_decayed_weights(0.3), adamjax.clip_by_global_norm(0.5)
-    old = torch_of([np.ones(3, "f")], weight_decay=0.3)
+    old = torch_with_moments([np.ones(3, "f")], weight_decay=0.3)
     convert.from_torch(old, adamjax.chain(clip, decay, adam_like_optax()), jnp.zeros(3))
     with pytest.raises(ValueError, match=r"after its weight decay: put the clip before"):
         convert.from_torch(old, adamjax.chain(decay, clip, adam_like_optax()), jnp.zeros(3))
@@ -1075,9 +1094,9 @@ def test_updates_that_torch_does_not_clip():
     }
     rule, rate = adamjax.scale_by_adam(eps=1e-8), adamjax.scale_by_learning_rate(0.1)
     clip = adamjax.clip_by_global_norm(0.1)
-    convert.from_torch(kept, adamjax.chain(clip, rule, rate), TWO["a"])
+    convert.from_torch(kept, adamjax.chain(clip, rule, rate), TWO_LEAVES["a"])
     with pytest.raises(ValueError, match=r"no clip of updates, tx has clip_by_global_norm"):
-        convert.from_torch(kept, adamjax.chain(rule, clip, rate), TWO["a"])
+        convert.from_torch(kept, adamjax.chain(rule, clip, rate), TWO_LEAVES["a"])
 
 
 @pytest.mark.parametrize("what", ["decay", "schedule"])
@@ -1101,7 +1120,7 @@ def test_a_decay_and_a_schedule_of_torch_are_in_the_steps_of_its_rule(what):
     inside = adamjax.accumulate_gradients(adamjax.chain(rule, one), 4)
     outside = adamjax.chain(adamjax.accumulate_gradients(rule, 4), one)
     between = adamjax.accumulate_gradients(outside, 2)
-    old = torch_of([np.ones(3, "f")], **options)
+    old = torch_with_moments([np.ones(3, "f")], **options)
     convert.from_torch(old, adamjax.chain(inside, *rest), params)
     for tx in (adamjax.chain(outside, *rest), adamjax.chain(between, *rest)):
         for call in (
@@ -1111,7 +1130,7 @@ def test_a_decay_and_a_schedule_of_torch_are_in_the_steps_of_its_rule(what):
             with pytest.raises(ValueError, match=message):
                 call()
     # One object may be inside of one part, and outside of another.
-    params, old = {"a": params, "b": params}, torch_of([np.ones(3, "f")] * 2, **options)
+    params, old = {"a": params, "b": params}, torch_with_moments([np.ones(3, "f")] * 2, **options)
     tx = adamjax.chain(adamjax.partition([("a", inside)], default=outside), *rest)
     with pytest.raises(ValueError, match=f"'b': .*{message}"):
         convert.from_torch(old, tx, params, order=["a", "b"])
@@ -1120,7 +1139,9 @@ def test_a_decay_and_a_schedule_of_torch_are_in_the_steps_of_its_rule(what):
 def test_an_average_that_sets_weights_is_not_added_in_a_conversion():
     tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5, overwrite_frequency=2))
     with pytest.raises(ValueError, match="sets the weights to their average"):
-        convert.from_torch(torch_of([np.ones(3, "f")]), tx, jnp.zeros(3), average=jnp.zeros(3))
+        convert.from_torch(
+            torch_with_moments([np.ones(3, "f")]), tx, jnp.zeros(3), average=jnp.zeros(3)
+        )
 
 
 # --- parameters that torch does not train ---------------------------------------------------------
@@ -1128,7 +1149,7 @@ def test_an_average_that_sets_weights_is_not_added_in_a_conversion():
 
 def test_a_parameter_that_torch_never_trained():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
-    kept = torch_state()
+    kept = torch_state_dict()
     del kept["state"][1]
     message = (
         r"'a' has taken 1 steps and 'b' 0.*None in order=.*set_to_zero.*no gradient.*partition; "
@@ -1141,7 +1162,7 @@ def test_a_parameter_that_torch_never_trained():
     assert [int(s[0].count) for s in state] == [1, 0]
     # torch decays only what has a gradient.
     decay = {"weight_decay": 0.1, "decoupled_weight_decay": True}
-    decays = {**torch_state(decay), "state": kept["state"]}
+    decays = {**torch_state_dict(decay), "state": kept["state"]}
     adamw = adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1)
     apart = adamjax.partition([("a", adamw)], default=adamw)
     with pytest.raises(ValueError, match=r"none of 'b', .*None in order=.*set_to_zero.*check=F"):
