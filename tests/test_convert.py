@@ -41,7 +41,7 @@ from adamjax.transform import Rule, Transform
 
 
 @pytest.mark.slow
-def test_nothing_is_imported():
+def test_importing_convert_imports_no_other_library():
     import subprocess
     import sys
 
@@ -72,7 +72,7 @@ def test_integer_leaves_and_none_are_left_alone(x64):
     assert int(back[0].count) == 4
 
 
-def test_check_false_takes_the_arrays_all_the_same():
+def test_check_false_converts_what_is_otherwise_refused():
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = convert.from_optax(optax_state(), adamjax.adam(RATE), params, check=False)
     assert int(adamjax.step_count(state)) == 1
@@ -82,7 +82,7 @@ def test_check_false_takes_the_arrays_all_the_same():
     assert adamjax.slot_names(state) == ("m", "v", "v_max")
 
 
-def test_master_weights_are_converted_as_parameters():
+def test_the_inner_state_of_master_weights_is_converted_with_the_float32_weights():
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
     tx, new = adamjax.master_weights(ADAM), OPTAX_ADAM.init(jax.tree.map(jnp.asarray, PARAMS))
     state = tx.init(params)
@@ -146,7 +146,7 @@ def test_two_leaves_with_one_path_are_refused():
 
 
 @pytest.mark.parametrize("rtol", [-1.0, float("nan"), "1"])
-def test_an_rtol_that_is_none_is_refused(rtol):
+def test_an_invalid_rtol_is_refused(rtol):
     params = jax.tree.map(jnp.asarray, PARAMS)
     theirs = optax.amsgrad(RATE)
     state = optax_state(tx=theirs)
@@ -161,7 +161,7 @@ INVALID_ORDERS = [
 
 
 @pytest.mark.parametrize("order", INVALID_ORDERS, ids=lambda order: type(order).__name__)
-def test_an_order_that_is_no_list_is_refused(order):
+def test_an_invalid_order_is_refused(order):
     tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
     with pytest.raises(
         TypeError, match=r"from_torch: order (is|has) .*expected (a list of )?paths"
@@ -173,7 +173,7 @@ def test_an_order_that_is_no_list_is_refused(order):
         convert.from_keras([np.array(1)], adamjax.adam(0.1), params, order=order)
 
 
-def test_what_has_an_order_is_an_order():
+def test_any_ordered_collection_of_paths_is_an_order():
     tx, params = adamjax.adam(0.1, eps=1e-8), {"w": jnp.zeros(2), "z": jnp.zeros(2)}
     order = ["w", "z"]
     expected = convert.from_torch(plain_torch_dict(), tx, params, order=order)
@@ -181,14 +181,14 @@ def test_what_has_an_order_is_an_order():
         assert_same(convert.from_torch(plain_torch_dict(), tx, params, order=given), expected)
 
 
-def test_a_state_dict_of_torch_is_not_taken_for_variables_of_keras():
+def test_from_keras_refuses_a_state_dict_of_torch():
     state_dict = {"state": {}, "param_groups": []}
     with pytest.raises(TypeError, match=r"got a state dict of torch.*from_torch converts it"):
         convert.from_keras(state_dict, adamjax.adam(0.1), {"w": jnp.zeros(2)})
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (3, 2, 5), (3, 4, 2, 5), (3, 4, 6, 2, 5)], ids=str)
-def test_the_adapt_that_errors_recommend_inverts_itself(shape):
+def test_the_adapts_that_errors_recommend_are_inverses(shape):
     """From the dimensions of torch to those of a kernel, and back, whatever the rank."""
     tx, (*window, n_in, n_out) = adamjax.adam(0.1, eps=1e-8), shape
     params = {"kernel": jnp.ones(shape)}
@@ -223,7 +223,7 @@ def test_the_adapt_that_errors_recommend_inverts_itself(shape):
 
 
 @pytest.mark.parametrize("system", ["keras", "torch"])
-def test_parameters_without_names_and_leaves_of_one_shape(system):
+def test_parameters_without_names_need_an_order_if_leaves_have_one_shape(system):
     """In Keras and torch gamma comes before beta; in a dictionary the keys are sorted."""
     read, numbered, tx = {
         "keras": (convert.from_keras, numbered_keras, adamjax.adam(RATE, eps_hat=1e-7)),
@@ -249,7 +249,7 @@ def test_parameters_without_names_and_leaves_of_one_shape(system):
         read(numbered([(3,), (2,)]), tx, different)
 
 
-def test_leaves_that_are_transposes_of_each_other_have_no_order():
+def test_leaves_that_are_transposes_of_each_other_need_an_order():
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
     shapes = [x.shape for x in params.values()]
     for read, old, tx in (
@@ -263,7 +263,7 @@ def test_leaves_that_are_transposes_of_each_other_have_no_order():
 
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("form", ["keras", "keras, arrays", "torch"])
-def test_keys_that_are_numbers_are_places(form, check):
+def test_keys_that_are_numbers_are_ordered_as_numbers(form, check):
     """As save_own_variables writes them; sorted as text, "10" comes before "2"."""
     shapes = [(2,)] * 12
     if form == "torch":
@@ -351,7 +351,7 @@ class sign(heavy_ball):
         (optax.chain(ADAM, heavy_ball_with_adam()), "the rule of a HeavyBallWithAdamState"),
     ],
 )
-def test_a_rule_of_a_users_own_is_refused(tx, name):
+def test_a_user_defined_rule_is_refused(tx, name):
     params = jax.tree.map(jnp.asarray, PARAMS)
     for conversion, call in conversion_calls(tx, params).items():
         expected = f"{conversion}: tx contains {name}, and conversions know the rules scale_by_adam"
@@ -369,7 +369,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_state_of_another_rule_is_not_that_of_tx(name):
+def test_a_state_of_another_rule_than_that_of_tx_is_refused(name):
     params = jax.tree.map(jnp.asarray, PARAMS)
     tx = adamjax.nadam(RATE) if name == "adam" else ADAM
     state = OPTIMIZERS[name](RATE).init(params)
@@ -386,7 +386,7 @@ def test_a_state_of_another_rule_is_not_that_of_tx(name):
             call()
 
 
-def test_slots_that_do_not_show_the_rule():
+def test_options_and_names_also_show_the_rule_of_a_state():
     """Of adam and nadam, and of amsgrad without its maximum."""
     params, kept = jax.tree.map(jnp.asarray, PARAMS), torch_state_dict({"amsgrad": True})
     for tx, message in [
@@ -422,7 +422,7 @@ class look_ahead(Transform):
         return (state.inner,)
 
 
-def test_the_slots_of_a_users_own_wrapper_are_not_dropped():
+def test_the_slots_of_a_user_defined_wrapper_are_not_dropped():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), look_ahead(ADAM)
     state, new = tx.init(params), OPTAX_ADAM.init(params)
     with pytest.raises(ValueError, match="to_optax: the state keeps slow in a LookAheadState, and"):
@@ -475,7 +475,7 @@ class HalvesOf(Transform):
 FOR_NO_LEAF = adamjax.masked(adamjax.scale(1.0), adamjax.optional("^z"))
 
 
-def test_transforms_of_the_users_own_beside_a_rule_are_refused():
+def test_user_defined_transforms_beside_a_rule_are_refused():
     message = r"Halves.* of your own, which nothing can compare"
     for make in (
         lambda adam: adamjax.chain(adam, Halves()),
@@ -498,7 +498,7 @@ def test_transforms_of_the_users_own_beside_a_rule_are_refused():
 
 
 @pytest.mark.parametrize("system", ["torch", "keras"])
-def test_a_rate_before_the_rule_is_a_negation_and_no_gradient_is_zero(system):
+def test_gradients_negated_or_zeroed_before_the_rule_are_refused(system):
     adam = adam_like_optax() if system == "torch" else adamjax.adam(0.1)
     before = adamjax.chain(adamjax.scale_by_learning_rate(1.0), adam)
     convert_to = {
@@ -518,7 +518,7 @@ def test_a_rate_before_the_rule_is_a_negation_and_no_gradient_is_zero(system):
 
 
 @pytest.mark.parametrize("system", ["torch", "keras"])
-def test_a_rate_of_some_leaves_or_none_is_refused(system):
+def test_a_tx_without_a_rate_for_every_leaf_is_refused(system):
     params = {"w": jnp.zeros(2), "z": jnp.zeros(3)}
     arrays = [np.ones(2, "f"), np.ones(3, "f")]
     rule = adamjax.scale_by_adam(eps=1e-8) if system == "torch" else adamjax.scale_by_adam()
@@ -575,7 +575,7 @@ def test_a_decay_of_tx_that_follows_a_schedule_is_refused(keras):
 
 
 @pytest.mark.parametrize("system", ["torch", "keras"])
-def test_leaves_that_the_other_optimizer_does_not_have_stay_as_they_are(system):
+def test_leaves_that_the_other_optimizer_does_not_have_must_not_move(system):
     params = {"base": jnp.ones(2), "w": jnp.zeros(2)}
     rule = adamjax.scale_by_adam(**({"eps": 1e-8} if system == "torch" else {"eps_hat": 1e-7}))
     rate, zero = adamjax.scale_by_learning_rate(0.1), adamjax.set_to_zero()

@@ -140,7 +140,7 @@ class KerasRun:
 
 
 @pytest.mark.parametrize("name", KERAS_AND_ADAMJAX)
-def test_a_run_that_comes_from_keras_and_one_that_goes_to_it(name, keras, x64):
+def test_runs_continue_from_keras_and_in_keras(name, keras, x64):
     make, make_ours = KERAS_AND_ADAMJAX[name]
     ours, noises, params = make_ours(), new_noises(), new_params()
     theirs = KerasRun(keras, make, params)
@@ -164,7 +164,7 @@ def test_a_run_that_comes_from_keras_and_one_that_goes_to_it(name, keras, x64):
 
 
 @pytest.mark.slow
-def test_keras_into_exact_rows(keras, x64):
+def test_a_run_of_keras_continues_in_exact_rows(keras, x64):
     noises = new_noises()
     ours = adamjax.exact_rows(
         adamjax.chain(adamjax.adam(RATE), adamjax.weight_ema(0.75)), "^embed", history=2048
@@ -219,7 +219,7 @@ def legacy_name(path):
 # Keras' own: it does not know the `copy` of newer NumPys.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", ["adam", "amsgrad", "adamax", "amsgrad, average"])
-def test_every_form_of_keras_variables(name, keras, x64):
+def test_every_form_of_keras_variables_gives_the_same_state(name, keras, x64):
     make, make_ours = KERAS_AND_ADAMJAX[name]
     ours = make_ours()
     theirs = KerasRun(keras, make, new_params())
@@ -249,7 +249,7 @@ def test_every_form_of_keras_variables(name, keras, x64):
     assert_same(list(values.values()), list(stored.values()))
 
 
-def test_arrays_as_savez_numbers_them():
+def test_arrays_are_ordered_by_the_numbers_of_savez():
     numbered = {f"arr_{i}": x for i, x in enumerate(VARIABLES.values())}
     params, tx = {"w": jnp.zeros(2)}, adamjax.adam(0.1)
     backwards = dict(reversed(numbered.items()))
@@ -270,7 +270,7 @@ def test_names_of_keras_may_be_bytes():
         assert_same(convert.from_keras(variables, tx, params), expected)
 
 
-def test_an_average_of_a_single_array():
+def test_an_average_of_a_single_array_is_converted():
     tx, params = adamjax.chain(adamjax.adam(RATE), adamjax.weight_ema(0.9)), jnp.ones(2)
     names = ("w_momentum", "w_velocity", "w_average")
     variables = [("adam/iteration", np.array(7)), ("adam/learning_rate", np.float32(RATE))]
@@ -322,7 +322,7 @@ def test_a_target_of_integers_is_refused():
         convert.to_keras(tx.init(params), tx, params, target)
 
 
-def test_bfloat16_as_numpy_loads_it_is_refused_with_the_way_to_read_it():
+def test_an_error_says_how_to_read_bfloat16_that_numpy_loaded():
     moments = np.asarray(jnp.ones(2, jnp.bfloat16)).view("V2")
     variables = {name: moments if np.ndim(x) else x for name, x in VARIABLES.items()}
     with pytest.raises(ValueError, match=r"expected a number .*view\(ml_dtypes.bfloat16\)"):
@@ -339,7 +339,7 @@ def layer_params(names):
     return {name: {"kernel": jnp.zeros(2)} for name in names}
 
 
-def test_variables_of_keras_are_taken_by_their_names():
+def test_variables_of_keras_are_matched_by_their_names():
     """A dictionary has dense_10 before dense_2."""
     params, tx = layer_params(LAYERS), adamjax.adam(RATE)
     pairs = keras_variables_named([f"sequential_{name}_kernel" for name in LAYERS])
@@ -460,7 +460,7 @@ def test_the_shapes_show_the_order_where_the_names_do_not(keras, x64):
         convert.from_keras(optimizer.variables, tx, alike)
 
 
-def test_arrays_that_may_be_ordered_in_several_ways():
+def test_arrays_that_may_be_ordered_in_several_ways_are_refused():
     params = [jnp.ones(2), jnp.ones(2)]
     arrays = [np.array(1), *[np.ones(2)] * 4]
     with pytest.raises(ValueError, match=r"may be ordered in several ways"):
@@ -468,7 +468,7 @@ def test_arrays_that_may_be_ordered_in_several_ways():
     convert.from_keras({str(i): x for i, x in enumerate(arrays)}, adamjax.adam(RATE), params)
 
 
-def test_some_of_keras_arrays_without_names_are_not_converted():
+def test_none_in_an_order_skips_arrays_without_names():
     """Nothing shows their shapes, but all arrays of a parameter have the same one."""
     shapes = [(3, 2), (4,), (), (2, 5)]
     params = {"a": jnp.ones(shapes[0]), "c": jnp.ones(shapes[3])}
@@ -521,7 +521,7 @@ def test_weights_that_are_the_transposes_of_keras_kernels(keras, x64):
     ("leaf", "name"),
     [("weight", "kernel"), ("kernel", "kernel"), ("weight", "embeddings"), ("weight", "")],
 )
-def test_square_weights_may_be_the_transposes_of_keras_kernels(leaf, name):
+def test_square_weights_that_may_be_transposes_of_keras_kernels_need_an_adapt(leaf, name):
     params, tx = {"fc": {leaf: jnp.eye(2)}}, adamjax.adam(0.1)
     square = np.tri(2, dtype=np.float32)
     arrays = {"iteration": np.array(7), "learning_rate": np.array(0.1)}
@@ -575,7 +575,7 @@ KERAS_OPTIMIZERS = {
 
 @pytest.mark.parametrize("named", [True, False], ids=["names", "no names"])
 @pytest.mark.parametrize("name", KERAS_OPTIMIZERS)
-def test_of_keras_optimizers_only_adams_are_taken(name, named, keras):
+def test_only_adams_of_keras_are_converted(name, named, keras):
     if not hasattr(keras.optimizers, name):
         pytest.skip(f"this Keras has no {name}")
     optimizer = keras_after_two_steps(keras, name, **KERAS_OPTIMIZERS[name])
@@ -593,7 +593,7 @@ def test_of_keras_optimizers_only_adams_are_taken(name, named, keras):
             convert.from_keras(variables, tx, params)
 
 
-def test_all_of_keras_optimizers_but_adams_are_refused(keras):
+def test_all_optimizers_of_keras_except_adams_are_refused(keras):
     """Those of future versions too."""
     accepted, params = set(), {"w": jnp.ones(3)}
     for name, kind in vars(keras.optimizers).items():
@@ -616,7 +616,7 @@ def test_all_of_keras_optimizers_but_adams_are_refused(keras):
     assert accepted == expected
 
 
-def test_keras_optimizers_of_another_name(keras):
+def test_the_class_of_a_renamed_keras_optimizer_decides(keras):
     """A name of one's own does not say which optimizer it is of: the optimizer itself does."""
     params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
     for kind, options in [("Adam", {}), ("Lamb", {}), ("ScheduleFreeAdamW", {})]:
@@ -649,7 +649,7 @@ def test_names_of_other_optimizers_are_refused(prefix):
     convert.from_keras(pairs, adamjax.adam(RATE), params, check=False)
 
 
-def test_numbered_names_of_keras_optimizers():
+def test_numbered_names_of_keras_optimizers_are_recognized():
     for prefix, tx in [("adam_1", adamjax.adam), ("adam_w_12", adamjax.adamw)]:
         convert.from_keras(keras_variables_named(["a"], prefix), tx(RATE), jnp.zeros(2))
     for prefix in ("adam_w_12", "AdamW"):
@@ -673,7 +673,7 @@ def test_names_of_rmsprop_of_tf_keras_are_not_those_of_adam():
                 convert.from_keras(pairs, adamjax.adam(RATE), jnp.zeros(2))
 
 
-def test_what_is_passed_in_place_of_a_keras_optimizer_is_named(keras):
+def test_an_error_names_what_is_passed_in_place_of_a_keras_optimizer(keras):
     params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
     adam = keras_after_two_steps(keras, "Adam")
     scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1))
@@ -710,7 +710,7 @@ def test_a_keras_optimizer_that_is_not_built_is_refused(keras):
 # --- hyperparameters ------------------------------------------------------------------------------
 
 
-def test_what_keras_keeps_is_compared():
+def test_variables_of_keras_are_compared_with_tx():
     params, adam = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE)
     convert.from_keras(keras_variables(), adam, params)
     for pairs, tx, message in [
@@ -763,7 +763,7 @@ def clipped_by(*transforms):
     return adamjax.chain(*transforms, adamjax.adam(0.1))
 
 
-def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
+def test_hyperparameters_of_a_keras_optimizer_are_compared_with_tx(keras):
     params = {"w": jnp.ones(3)}
     for options, tx, problem in [
         ({"beta_1": 0.8}, adamjax.adam(0.1), r"b1=0.8, tx has b1=0.9"),
@@ -852,7 +852,7 @@ def test_an_optimizer_of_keras_says_its_hyperparameters(keras):
                 convert.to_keras(tx.init(params), tx, params, optimizer)
 
 
-def test_what_keras_does_beside_its_rule_is_refused(keras):
+def test_constraints_and_options_that_were_switched_off_are_refused(keras):
     tx = adamjax.adam(0.1)
 
     def expect_refusal(optimizer, message):
@@ -880,7 +880,7 @@ def test_what_keras_does_beside_its_rule_is_refused(keras):
 # --- clips and factors ----------------------------------------------------------------------------
 
 
-def test_what_keras_does_to_gradients_may_be_built(keras):
+def test_clips_and_scales_like_those_of_keras_are_accepted(keras):
     params = {"w": jnp.ones(3)}
     for options, tx in [
         ({"clipnorm": 0.5}, clipped_by(adamjax.clip_by_norm(0.5))),
@@ -925,7 +925,7 @@ def test_a_norm_of_keras_is_that_of_the_leaves_that_its_optimizer_has(keras):
 # --- accumulation ---------------------------------------------------------------------------------
 
 
-def test_all_leaves_accumulate_as_in_keras(keras):
+def test_leaves_that_do_not_accumulate_as_in_keras_are_refused(keras):
     optimizer = keras.optimizers.Adam(0.1, gradient_accumulation_steps=2)
     variables = [
         keras.Variable(np.ones(n, np.float32), name=name) for n, name in ((3, "a"), (2, "b"))
@@ -969,7 +969,7 @@ def test_another_number_of_micro_batches_than_in_keras_is_refused(keras):
             convert.to_keras(tx.init(params), tx, params, optimizer)
 
 
-def test_micro_batches_of_keras_in_another_number():
+def test_variables_of_another_number_of_micro_batches_are_refused():
     """The iteration counts them, and only the accumulated gradients show how many a step takes."""
     params, tx = {"a": jnp.zeros(2)}, adamjax.accumulate_gradients(adamjax.adam(RATE), 4)
 
@@ -984,7 +984,7 @@ def test_micro_batches_of_keras_in_another_number():
             convert.from_keras(pairs(iteration, total), tx, params)
 
 
-def test_a_factor_is_outside_of_the_accumulation_amid_a_step(keras):
+def test_a_loss_scale_factor_must_be_outside_of_the_accumulation_amid_a_step(keras):
     """Keras multiplies micro-batches before it adds them up."""
     options = {"loss_scale_factor": 4.0, "gradient_accumulation_steps": 3}
     factor, rate = adamjax.scale(0.25), adamjax.scale_by_learning_rate(0.1)
@@ -1043,7 +1043,7 @@ def keras_adam_with_rate(keras, rate, count=0):
     return optimizer
 
 
-def test_a_function_that_keras_calls_without_arguments_is_no_schedule(keras):
+def test_a_rate_function_without_arguments_is_compared_at_the_current_step_only(keras):
     """It cannot be compared in later steps, but a constant rate is not it."""
     params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay
 
@@ -1094,7 +1094,7 @@ def test_a_schedule_of_keras_is_called_with_what_keras_passes(keras):
                     call()
 
 
-def test_a_schedule_of_keras_that_cannot_be_called(keras):
+def test_a_schedule_of_keras_is_compared_as_far_as_it_can_be_called(keras):
     """One that reads a table is compared as far as it goes."""
     params, schedules = {"w": jnp.ones(3)}, keras.optimizers.schedules
 
@@ -1131,7 +1131,7 @@ def test_a_schedule_of_keras_that_cannot_be_called(keras):
         convert.from_keras(optimizer, adamjax.adam(0.1), params)
 
 
-def test_a_schedule_that_keras_computes_in_integers_is_not_its_formula(keras):
+def test_a_schedule_that_keras_computes_in_integers_is_refused(keras):
     params, schedules = {"w": jnp.ones(3)}, keras.optimizers.schedules
     config = keras.optimizers.serialize
     for make in (
@@ -1220,7 +1220,7 @@ def test_a_schedule_of_a_keras_optimizer_is_compared_in_later_steps(keras):
             convert.from_keras(optimizer, adamjax.adam(rates), params)
 
 
-def test_schedules_with_quotients_of_counts_are_those_of_keras(keras):
+def test_schedules_with_quotients_of_counts_match_those_of_keras(keras):
     """Of int32 counts these quotients are float32, with x64 too."""
     params, k = {"w": jnp.ones(3)}, keras.optimizers
     rates = k.schedules
@@ -1300,7 +1300,7 @@ def test_schedules_of_keras_that_adamjax_does_not_have_are_called(keras):
                 convert.from_keras(optimizer, adamjax.adam(other), params)
 
 
-def test_variables_of_keras_say_that_there_is_a_schedule(keras):
+def test_variables_of_keras_without_a_rate_show_a_schedule(keras):
     """A constant rate has a variable, `adam/learning_rate`; a schedule has none."""
     params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay(0.1, 1000)
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 1000))
@@ -1334,7 +1334,7 @@ def test_variables_of_keras_say_that_there_is_a_schedule(keras):
     convert.from_keras(two, constant, {"a": jnp.ones(2), "b": jnp.ones(3)})
 
 
-def test_keras_has_one_count_for_all(keras):
+def test_counts_that_differ_do_not_go_to_keras(keras):
     falls = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
     optimizer = keras.optimizers.Adam(falls)
     optimizer.build([keras.Variable(np.ones(3), name=name) for name in KERAS_PARAMS])
@@ -1352,7 +1352,7 @@ def test_keras_has_one_count_for_all(keras):
 # --- weight decay and frozen variables ------------------------------------------------------------
 
 
-def test_variables_that_keras_excludes_from_decay(keras, x64):
+def test_variables_that_keras_excludes_from_decay_must_be_masked(keras, x64):
     """With the optimizer itself, the mask of the decay must say the same."""
 
     def make(k):
@@ -1403,7 +1403,7 @@ def test_a_decay_of_keras_follows_the_schedule_of_the_rate(keras):
         convert.from_keras(optimizer, tx, KERAS_PARAMS)
 
 
-def test_a_variable_of_keras_that_was_frozen_stays_as_it_is(keras):
+def test_a_frozen_variable_of_keras_must_not_move(keras):
     zero, params = adamjax.set_to_zero(), KERAS_PARAMS
     variables = [keras.Variable(np.ones(3, np.float32), name=name) for name in params]
     optimizer = keras_optimizer(keras, 3, "AdamW", variables, weight_decay=0.3)
@@ -1439,7 +1439,7 @@ def test_a_variable_of_keras_that_was_frozen_stays_as_it_is(keras):
 # --- averages -------------------------------------------------------------------------------------
 
 
-def test_a_keras_average_before_the_first_step(keras, x64):
+def test_a_keras_average_before_the_first_step_is_refused(keras, x64):
     make, make_ours = KERAS_AND_ADAMJAX["amsgrad, average"]
     theirs = KerasRun(keras, make, new_params())
     args = theirs.optimizer.variables, make_ours(), theirs.params
@@ -1455,7 +1455,7 @@ def test_a_keras_average_before_the_first_step(keras, x64):
     assert_close(adamjax.averaged_weights(state), theirs.params, rtol=1e-15)
 
 
-def test_a_keras_average_in_the_first_accumulated_step(keras):
+def test_a_keras_average_amid_the_first_step_is_refused(keras):
     """Keras counts steps, not micro-batches, so all of these copy the weights."""
     options = {"use_ema": True, "ema_momentum": 0.5, "gradient_accumulation_steps": 3}
     optimizer = keras.optimizers.Adam(0.1, **options)
@@ -1472,7 +1472,7 @@ def test_a_keras_average_in_the_first_accumulated_step(keras):
     assert_same(adamjax.averaged_weights(convert.from_keras(optimizer, tx, params)), params)
 
 
-def test_an_average_of_some_leaves_does_not_drop_that_of_others(keras):
+def test_a_keras_average_is_not_dropped(keras):
     optimizer = keras_optimizer(keras, 2, use_ema=True, ema_momentum=0.5)
     average = adamjax.weight_ema(0.5)
     some = adamjax.chain(adamjax.adam(0.1), adamjax.masked(average, "v0"))
@@ -1488,7 +1488,7 @@ def test_an_average_of_some_leaves_does_not_drop_that_of_others(keras):
 # --- the product of Nadam -------------------------------------------------------------------------
 
 
-def test_keras_nadam_without_its_product(keras, x64):
+def test_the_product_of_nadam_is_computed_if_it_is_no_variable(keras, x64):
     """tf_keras keeps the product of momenta outside of its variables."""
     make, make_ours = KERAS_AND_ADAMJAX["nadam"]
     theirs = KerasRun(keras, make, new_params())
@@ -1549,7 +1549,7 @@ OldAdam.__name__ = "Adam"
 
 
 @pytest.mark.parametrize("prefix", ["Adam/", ""], ids=["new", "after load_model"])
-def test_rates_and_names_of_old_keras_optimizers(prefix):
+def test_rates_and_names_of_old_keras_optimizers_are_read(prefix):
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
     decayed = adamjax.inverse_time_decay(0.1, 1, 0.5)
     of_class = type("LearningRateSchedule", (), {"__call__": lambda self, n: 0.1 / (n + 1)})
@@ -1571,7 +1571,7 @@ def test_rates_and_names_of_old_keras_optimizers(prefix):
 
 
 @pytest.mark.parametrize("name", ["_exclude_from_weight_decay", "_exclude_from_weight_decay_names"])
-def test_tf_keras_says_that_its_decay_excludes_some_variables(name):
+def test_variables_that_tf_keras_excludes_from_decay_must_be_masked(name):
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
     old = OldAdam(0.1)
     old.weight_decay, old._use_weight_decay = 0.01, lambda variable: True
@@ -1581,7 +1581,7 @@ def test_tf_keras_says_that_its_decay_excludes_some_variables(name):
         convert.from_keras(old, adamjax.adamw(0.1, weight_decay=0.01), params)
 
 
-def test_a_product_that_tf_keras_keeps_elsewhere_is_not_lost():
+def test_a_product_that_is_no_variable_of_tf_keras_is_not_lost():
     params, tx = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}, adamjax.nadam(0.1)
     target = type("Nadam", (OldAdam,), {"__module__": OldAdam.__module__})(0.1)
     target._u_product = 1.0

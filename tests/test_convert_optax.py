@@ -45,7 +45,7 @@ from adamjax import convert
 
 @pytest.mark.parametrize("name", OPTAX_AND_ADAMJAX)
 @pytest.mark.slow
-def test_a_run_that_comes_from_optax(name, x64):
+def test_a_run_continues_from_optax(name, x64):
     theirs, ours = optax_and_adamjax(name)
     params, noises = new_params(), new_noises()
     (*_, middle), state = run_optax(theirs, params, theirs.init(params), noises[:STEPS_BEFORE])
@@ -57,7 +57,7 @@ def test_a_run_that_comes_from_optax(name, x64):
 
 
 @pytest.mark.parametrize("name", OPTAX_AND_ADAMJAX)
-def test_a_run_that_goes_to_optax(name, x64):
+def test_a_run_continues_in_optax(name, x64):
     theirs, ours = optax_and_adamjax(name)
     params, noises = new_params(), new_noises()
     (*_, middle), state = run_adamjax(ours, params, ours.init(params), noises[:STEPS_BEFORE])
@@ -68,7 +68,7 @@ def test_a_run_that_goes_to_optax(name, x64):
 
 
 @pytest.mark.parametrize("name", ["adam", "multi_transform", "MultiSteps", "inject_hyperparams"])
-def test_there_and_back_is_the_same_state(name, x64):
+def test_a_state_converted_there_and_back_is_the_same(name, x64):
     theirs, ours = optax_and_adamjax(name)
     params = new_params()
     _, state = run_optax(theirs, params, theirs.init(params), new_noises()[:STEPS_BEFORE])
@@ -80,7 +80,7 @@ def test_there_and_back_is_the_same_state(name, x64):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_low_precision_parameters_with_float32_moments(dtype):
+def test_a_run_with_narrow_parameters_and_float32_moments_continues(dtype):
     """Gradients in float32, as both would square them in the gradients' dtype otherwise."""
     theirs, ours = (
         optax.adamw(RATE, weight_decay=0.1),
@@ -140,7 +140,7 @@ FOR_EXACT_ROWS = {
 
 @pytest.mark.parametrize("name", FOR_EXACT_ROWS)
 @pytest.mark.slow
-def test_straight_into_exact_rows_and_back(name, x64):
+def test_a_run_continues_in_exact_rows_and_back(name, x64):
     theirs, dense = FOR_EXACT_ROWS[name]
     ours = adamjax.exact_rows(dense, "^embed", history=2048)
     params, noises = new_params(), new_noises()
@@ -179,7 +179,7 @@ def test_rows_accumulated_amid_a_step_go_to_optax():
     assert_close(convert.to_optax(state, tx, params, theirs), old)
 
 
-def test_injected_rates_of_parts_that_have_taken_different_numbers_of_steps():
+def test_parts_with_injected_rates_have_their_own_counts():
     rule = optax.inject_hyperparams(optax.adam)(0.1)
     parts = {"x": multi_steps(rule, 2), "y": multi_steps(rule, 3)}
     theirs = optax.multi_transform(parts, LABELS)
@@ -194,7 +194,7 @@ def test_injected_rates_of_parts_that_have_taken_different_numbers_of_steps():
     assert [int(x.inner_opt_state.count) for x in states] == [4, 2]
 
 
-def test_an_average_is_given_where_there_is_none(x64):
+def test_from_optax_takes_the_average_that_optax_lacks(x64):
     theirs = optax.adam(RATE)
     ours = adamjax.chain(adamjax.adam(RATE, eps=1e-8), adamjax.weight_ema(0.9))
     params = new_params()
@@ -218,7 +218,7 @@ def test_an_average_is_given_where_there_is_none(x64):
     ],
     ids=["amsgrad", "nadam"],
 )
-def test_rules_that_become_one_in_a_long_run(theirs, ours, count, x64):
+def test_amsgrad_and_nadam_of_optax_are_like_ours_after_many_steps(theirs, ours, count, x64):
     """A state of a long run is one of a short run with its count set."""
     params, noises = new_params(), new_noises()
     (*_, middle), state = run_optax(theirs, params, theirs.init(params), noises[:STEPS_BEFORE])
@@ -239,7 +239,7 @@ def test_rules_that_become_one_in_a_long_run(theirs, ours, count, x64):
         convert.to_optax(young, ours, middle, theirs)
 
 
-def test_optax_amsgrad_by_as_much_as_is_said(x64):
+def test_the_rtol_that_an_error_gives_bounds_the_difference_of_amsgrad(x64):
     """What `rtol` lets pass is as large as the message says, and no larger than it."""
     theirs, ours = optax.amsgrad(RATE), adamjax.amsgrad(RATE, eps=1e-8)
     params, noises = new_params(), new_noises()
@@ -257,7 +257,7 @@ def test_optax_amsgrad_by_as_much_as_is_said(x64):
         assert 0.1 * rtol < apart <= rtol
 
 
-def test_adamax_with_epsilon_inside_the_maximum():
+def test_an_epsilon_inside_the_maximum_of_adamax_is_refused_if_it_matters():
     theirs, ours = optax.adamax(RATE), adamjax.adamax(RATE, eps=1e-8)
     params, noises = new_params(np.float32), new_noises(dtype=np.float32)
     (*_, middle), state = run_optax(theirs, params, theirs.init(params), noises[:STEPS_BEFORE])
@@ -274,7 +274,7 @@ def test_adamax_with_epsilon_inside_the_maximum():
         convert.from_optax(small, ours, middle, theirs)
 
 
-def test_the_epsilon_within_a_maximum_is_taken_out_and_put_back(x64):
+def test_the_epsilon_inside_a_maximum_is_subtracted_and_added_back(x64):
     theirs, ours = optax.adamax(RATE, eps=0.5), adamjax.adamax(RATE, eps=0.5)
     params, n = new_params(), new_noises()[0]
     (after,), state = run_optax(theirs, params, theirs.init(params), [n])
@@ -297,12 +297,12 @@ def test_the_epsilon_error_names_the_other_defaults_of_optax():
 # --- leaves and arrays ----------------------------------------------------------------------------
 
 
-def test_a_model_without_leaves():
+def test_a_model_without_leaves_is_converted():
     theirs, ours = optax.adam(0.1), adam_like_optax()
     assert_same(convert.from_optax(theirs.init({}), ours, {}, theirs), ours.init({}))
 
 
-def test_moments_of_complex_leaves():
+def test_moments_of_complex_leaves_are_converted():
     params = {"a": jnp.ones(3, jnp.complex64), "b": jnp.ones(2)}
     theirs, ours = optax.adam(0.1), adam_like_optax()
     grads = {"a": jnp.array([1 + 2j, 3j, 0.5]), "b": jnp.ones(2)}
@@ -313,7 +313,7 @@ def test_moments_of_complex_leaves():
         np.testing.assert_array_equal(a, b)
 
 
-def test_adamax_of_complex_leaves_goes_on():
+def test_adamax_of_complex_leaves_is_converted():
     params = {"z": jnp.array([1 + 2j, 3 - 1j])}
     theirs, ours = optax.adamax(0.01), adamjax.adamax(0.01, eps=1e-8)
     old = state_after(theirs, 20, params)
@@ -322,7 +322,7 @@ def test_adamax_of_complex_leaves_goes_on():
     assert_close(adamjax.get_slot(state, "u")["z"], jnp.abs(params["z"]), rtol=1e-3)
 
 
-def test_a_state_is_where_the_parameters_are_committed():
+def test_a_converted_state_is_committed_like_the_parameters():
     """Otherwise the second step would be compiled again."""
     device = jax.devices()[0]
     theirs, ours = optax.adam(0.1), adam_like_optax()
@@ -357,7 +357,7 @@ def test_a_state_that_is_traced_is_refused():
     ],
     ids=["negative", "fraction", "v below 0", "swapped", "too large", "no steps"],
 )
-def test_moments_that_no_gradients_leave_are_refused(change, message):
+def test_moments_that_no_gradients_lead_to_are_refused(change, message):
     params, old = {"w": jnp.ones(3)}, optax.adam(0.1)
     g = {"w": jnp.array([300.0, -2.0, 0.01])}
     _, state = old.update(g, old.init(params), params)
@@ -367,7 +367,7 @@ def test_moments_that_no_gradients_leave_are_refused(change, message):
         convert.from_optax((change(state[0]), *state[1:]), tx, params, old)
 
 
-def test_moments_whose_squares_are_too_small_for_float16():
+def test_moments_whose_squares_are_too_small_for_float16_are_converted():
     params, old = {"w": jnp.ones(3, jnp.float16)}, optax.adam(0.1, eps=1e-4)
     state = old.init(params)
     for _ in range(3):
@@ -381,7 +381,7 @@ def test_moments_whose_squares_are_too_small_for_float16():
 
 
 @pytest.mark.parametrize("count", [-3, 2.7, None, jnp.ones((2, 3))], ids=str)
-def test_a_count_of_skipped_steps_that_is_none_is_refused(count):
+def test_an_invalid_count_of_skipped_steps_is_refused(count):
     params = {"w": jnp.ones(3)}
     theirs = optax.apply_if_finite(optax.adam(0.1), 3)
     state = theirs.init(params)
@@ -390,7 +390,7 @@ def test_a_count_of_skipped_steps_that_is_none_is_refused(count):
         convert.from_optax(state._replace(total_notfinite=count), tx, params, theirs)
 
 
-def test_more_micro_batches_than_a_step_takes():
+def test_more_micro_batches_than_a_step_takes_are_refused():
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = optax_state(tx=optax.MultiSteps(OPTAX_ADAM, 8).gradient_transformation(), count=3)
     tx = adamjax.accumulate_gradients(adamjax.adam(RATE, eps=1e-8), 2)
@@ -456,7 +456,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused(name):
+def test_a_state_that_does_not_fit_tx_is_refused(name):
     make, message = REFUSED[name]
     state, tx = make()
     with pytest.raises(ValueError, match=message):
@@ -525,7 +525,7 @@ def test_strange_states_of_optax_are_refused(name):
         convert.from_optax(make(), tx, jax.tree.map(jnp.asarray, PARAMS), OPTAX_ADAM)
 
 
-def test_states_that_were_restored_without_their_classes():
+def test_states_that_were_restored_without_their_classes_are_refused():
     params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
     bare = [dict(optax.adam(0.1).init(params)[0]._asdict()), {}]
     for restored in (bare, {}):
@@ -551,7 +551,7 @@ def test_states_that_were_restored_without_their_classes():
         lambda: optax.contrib.schedule_free_adamw(0.1),
     ],
 )
-def test_of_optax_states_only_adams_are_taken(theirs):
+def test_states_of_other_optax_rules_are_refused(theirs):
     theirs, params = theirs(), {"w": jnp.ones((3, 2))}
     _, state = theirs.update({"w": jnp.full((3, 2), 0.3)}, theirs.init(params), params)
     if type(theirs).__name__ and any(type(x).__name__ == "ScaleByAdamState" for x in state):
@@ -580,7 +580,7 @@ def optax_optimizers():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_all_of_optax_but_adams_are_refused():
+def test_all_optimizers_of_optax_except_adams_are_refused():
     """Those of future versions too."""
     params, accepted, seen = {"w": jnp.ones((3, 2))}, set(), 0
     txs = (adamjax.adam, adamjax.amsgrad, adamjax.adamax, adamjax.nadam)
@@ -619,7 +619,7 @@ def test_all_of_optax_but_adams_are_refused():
     ],
     ids=["shape", "name", "more"],
 )
-def test_parameters_of_another_state_are_refused(params, message):
+def test_to_optax_refuses_parameters_that_the_state_does_not_belong_to(params, message):
     """What a target says is compared by the paths of the parameters: of others nothing would be."""
     own, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE)
     with pytest.raises(ValueError, match=message):

@@ -434,7 +434,7 @@ def skip_without_schedules_of_decay(case):
 
 
 @pytest.mark.parametrize("case", CONTINUES_DIFFERENTLY)
-def test_a_run_that_would_go_on_otherwise_is_refused(case):
+def test_a_run_that_would_continue_differently_is_refused(case):
     skip_without_schedules_of_decay(case)
     theirs, ours, n, message = CONTINUES_DIFFERENTLY[case]
     with pytest.raises(ValueError, match=f"from_optax: .*{message}"):
@@ -468,7 +468,7 @@ DIFFERENT_STEPS = {
 
 
 @pytest.mark.parametrize("name", DIFFERENT_STEPS)
-def test_steps_of_the_optimizer_itself_are_compared(name):
+def test_differences_that_no_state_shows_are_refused(name):
     tx = DIFFERENT_STEPS[name]
     old = state_after(CLIPPED, 3)
     convert.from_optax(old, tx, TWO_LEAVES, check=False)
@@ -707,7 +707,7 @@ DIFFERENT_LATER_STEPS = {
 
 
 @pytest.mark.parametrize("name", DIFFERENT_LATER_STEPS)
-def test_later_steps_of_the_optimizer_itself_are_compared(name):
+def test_differences_in_later_steps_are_refused(name):
     theirs, ours = DIFFERENT_LATER_STEPS[name]
     with pytest.raises(ValueError, match=STEPS_DIFFER):
         convert.from_optax(state_after(theirs, 4), ours, TWO_LEAVES, optimizer=theirs)
@@ -767,7 +767,7 @@ CONTINUES_ALIKE = {
 
 
 @pytest.mark.parametrize("case", CONTINUES_ALIKE)
-def test_a_run_that_goes_on_alike(case, x64):
+def test_a_run_that_continues_alike_is_converted(case, x64):
     skip_without_schedules_of_decay(case)
     theirs, ours = CONTINUES_ALIKE[case]
     params = jax.tree.map(lambda x: x.astype(float), TWO_LEAVES)
@@ -942,7 +942,7 @@ SAME_STEPS = {
 
 
 @pytest.mark.parametrize("name", SAME_STEPS)
-def test_an_optimizer_that_takes_the_same_steps(name):
+def test_an_optimizer_that_takes_the_same_steps_is_accepted(name):
     theirs, ours = SAME_STEPS[name]
     ours = adamjax.accumulate_gradients(LIKE_CLIPPED, 2) if ours is None else ours
     state = convert.from_optax(state_after(theirs, 5), ours, TWO_LEAVES, optimizer=theirs)
@@ -1041,7 +1041,7 @@ def test_sums_of_micro_batches_in_the_middle_of_a_step_are_refused():
 
 
 @pytest.mark.slow
-def test_groups_with_micro_batches_of_their_own_take_as_many_calls_as_one():
+def test_parts_with_micro_batches_of_their_own_take_as_many_calls_as_one_part():
     params = {"a": jnp.ones(3), "b": jnp.ones(3)}
     theirs = optax.multi_transform(
         {"a": multi_steps(optax.adam(0.1), 8), "b": multi_steps(optax.adam(0.2), 8)},
@@ -1098,7 +1098,9 @@ def state_of_rare_rows(theirs, params, steps):
     ("theirs", "ours", "steps"),
     [(optax.nadam, adamjax.nadam, 600), (optax.amsgrad, adamjax.amsgrad, 14_500)],
 )
-def test_an_epsilon_that_matters_for_rare_rows_alone_is_compared(theirs, ours, steps):
+def test_an_epsilon_that_matters_for_rows_with_small_gradients_only_is_compared(
+    theirs, ours, steps
+):
     params = {"table": jnp.ones((8, 4))}
     old = state_of_rare_rows(theirs(0.01), params, steps)
     convert.from_optax(old, ours(0.01, eps=1e-8), params, optimizer=theirs(0.01))
@@ -1130,7 +1132,7 @@ RULES_BY_EPSILON = {
         for name in RULES_BY_EPSILON
     ],
 )
-def test_an_epsilon_of_rows_without_gradients_so_far_is_compared(name):
+def test_an_epsilon_that_large_moments_of_a_late_state_hide_is_compared(name):
     theirs, ours = RULES_BY_EPSILON[name]
     old = jax.jit(
         lambda: jax.lax.fori_loop(
@@ -1168,7 +1170,7 @@ def test_a_large_rtol_does_not_hide_the_decay_of_adamax():
         )
 
 
-def test_a_slightly_different_decay_of_the_maximum_of_adamax_shows():
+def test_a_slightly_different_decay_of_the_maximum_of_adamax_is_refused():
     theirs, old = optax.adamax(0.01), state_after(optax.adamax(0.01), 3)
     convert.from_optax(old, adamjax.adamax(0.01, eps=1e-8), TWO_LEAVES, theirs)
     for b2 in (0.99895, 0.99905):
@@ -1239,7 +1241,7 @@ class Counter:
 
 
 @pytest.mark.parametrize("where", STATES_WITH_A_COUNTER)
-def test_a_counter_of_another_library_goes_on_wherever_it_is(where):
+def test_a_counter_of_another_library_is_converted_wherever_it_is(where):
     def with_adam(adam, calls):
         return [adam, drops_after_calls(calls, STATES_WITH_A_COUNTER[where]), optax.scale(-0.1)]
 
@@ -1259,7 +1261,7 @@ def test_a_counter_of_another_library_goes_on_wherever_it_is(where):
             refused()
 
 
-def test_a_rate_that_was_set_is_compared_with_the_optimizer():
+def test_a_rate_that_was_set_in_the_state_of_optax_is_compared():
     theirs = INJECT(optax.adam)(learning_rate=0.1)
     old = state_after(theirs, 3)
     old.hyperparams["learning_rate"] = jnp.asarray(0.03)
@@ -1370,7 +1372,7 @@ def test_what_a_rate_or_a_decay_of_0_hides_is_compared(name):
         convert.from_optax(old, adamjax.with_hyperparams(make(), **zeros), TWO_LEAVES, theirs)
 
 
-def test_rates_of_nan_in_a_state_let_nothing_be_compared():
+def test_a_rate_of_nan_in_a_state_is_refused():
     theirs = optax.inject_hyperparams(optax.adam)(float("nan"))
     with pytest.raises(ValueError, match=r"no update of the optimizer of optax is finite"):
         convert.from_optax(theirs.init(TWO_LEAVES), adam_like_optax(), TWO_LEAVES, theirs)
@@ -1409,7 +1411,7 @@ def test_a_step_from_the_parameters_themselves_is_compared_too():
     convert.from_optax(old, ours, params, optimizer=theirs)
 
 
-def test_weights_of_both_signs_are_tried():
+def test_steps_from_weights_of_both_signs_are_compared():
     params = {"a": jnp.ones((4, 3)), "scale": jnp.asarray(0.5)}
     positive = optax.masked(optax.keep_params_nonnegative(), {"a": False, "scale": True})
     theirs = optax.chain(optax.adam(0.1), positive)
@@ -1433,7 +1435,7 @@ def test_a_row_without_a_gradient_after_the_first_step_is_compared():
 
 
 @pytest.mark.slow
-def test_many_leaves_are_compared_in_few_calls():
+def test_the_update_of_many_leaves_is_traced_once():
     params = {str(i): jnp.ones(4) for i in range(40)}
     theirs, ours = optax.adam(LINEAR_TO_0), adam_like_optax(LINEAR_TO_0)
     calls = []
@@ -1453,7 +1455,7 @@ def with_frozen_scale(tx):
 
 
 @pytest.mark.parametrize("what", ["skip", "norm"])
-def test_one_of_very_many_leaves_that_decides_about_the_others(what):
+def test_one_of_many_leaves_that_affects_the_others_is_compared(what):
     if what == "skip":
         theirs = optax.apply_if_finite(with_frozen_scale(optax.adam(0.1)), 9)
         wrapped = adamjax.skip_not_finite
@@ -1628,7 +1630,7 @@ def test_hyperparameters_that_optax_rounds_are_compared_less_closely():
             convert.from_optax(state_after(theirs, 3, one), adam_like_optax(0.2), one, theirs)
 
 
-def test_a_mask_that_depends_on_the_dtypes_of_leaves():
+def test_a_mask_that_depends_on_the_dtypes_of_leaves_is_compared():
     params = {**TWO_LEAVES, "narrow": jnp.ones(2, jnp.bfloat16)}
     is_wide = functools.partial(jax.tree.map, lambda p: p.dtype == jnp.float32)
     theirs = optax.adamw(0.01, weight_decay=0.3, mask=is_wide)
@@ -1653,7 +1655,7 @@ def sampled_rows(theirs, ours, params):
     return None if some is None else [len(p) for p in some[0].params.values()]
 
 
-def test_some_rows_of_large_leaves_are_compared():
+def test_a_sample_of_the_rows_of_large_leaves_is_compared():
     theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01, weight_decay=0.3))
     tables = ["table", "rows"]
 
@@ -1675,7 +1677,7 @@ def test_some_rows_of_large_leaves_are_compared():
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_one_row_of_a_large_leaf_that_only_one_optimizer_moves(steps):
+def test_one_row_of_a_large_leaf_that_only_one_optimizer_moves_is_refused(steps):
     padding = optax.stateless(lambda u, p=None: {**u, "table": u["table"].at[7_777].set(0)})
     theirs, ours = optax.chain(optax.adam(0.1), padding), adam_like_optax()
     if steps > 1:
@@ -1698,7 +1700,7 @@ NEXT_RATE_IS_0 = {
 
 
 @pytest.mark.parametrize("name", NEXT_RATE_IS_0)
-def test_rows_that_only_one_optimizer_moves_show_although_the_rate_is_0(name):
+def test_one_row_that_only_one_optimizer_moves_is_refused_even_if_the_next_rate_is_0(name):
     rate, steps = NEXT_RATE_IS_0[name]
 
     def without_padding(g, p=None):
@@ -1720,7 +1722,7 @@ def test_rows_that_only_one_optimizer_moves_show_although_the_rate_is_0(name):
 
 
 @pytest.mark.parametrize("of_leaf", ["mask", "rate"])
-def test_what_depends_on_the_number_of_rows_is_compared_with_all_rows(of_leaf):
+def test_all_rows_are_compared_if_steps_depend_on_the_number_of_rows(of_leaf):
     if of_leaf == "mask":
         is_small = functools.partial(jax.tree.map, lambda p: p.size < 72_000)
         theirs = optax.adamw(0.01, weight_decay=0.3, mask=is_small)
@@ -1739,7 +1741,7 @@ def test_what_depends_on_the_number_of_rows_is_compared_with_all_rows(of_leaf):
 
 
 @pytest.mark.parametrize("ours_schedule", [True, False])
-def test_rows_that_both_choose_by_their_position_are_compared_whole(ours_schedule):
+def test_all_rows_are_compared_if_steps_depend_on_the_positions_of_rows(ours_schedule):
     """A sample could have rows of one kind only, and these might never move."""
 
     def old_rows_frozen(u, p=None):

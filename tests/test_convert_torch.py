@@ -123,7 +123,7 @@ TORCH_RTOL = {"nadam": 1e-10}
 
 @pytest.mark.parametrize("name", TORCH_AND_ADAMJAX)
 @pytest.mark.slow
-def test_a_run_that_comes_from_torch(name, torch, x64):
+def test_a_run_continues_from_torch(name, torch, x64):
     make, make_ours = TORCH_AND_ADAMJAX[name]
     ours, noises = make_ours(), new_noises()
     theirs = TorchRun(torch, make, new_params())
@@ -136,7 +136,7 @@ def test_a_run_that_comes_from_torch(name, torch, x64):
 
 
 @pytest.mark.parametrize("name", TORCH_AND_ADAMJAX)
-def test_a_run_that_goes_to_torch(name, torch, x64):
+def test_a_run_continues_in_torch(name, torch, x64):
     make, make_ours = TORCH_AND_ADAMJAX[name]
     ours, noises, params = make_ours(), new_noises(), new_params()
     (*_, middle), state = run_adamjax(ours, params, ours.init(params), noises[:STEPS_BEFORE])
@@ -163,7 +163,7 @@ def adamw_like_groups(rate):
     return adamjax.adamw(rate, eps=1e-8, weight_decay=0.1, mask="kernel$")
 
 
-def test_groups_of_torch_with_a_scheduler(torch, x64):
+def test_a_run_with_groups_and_a_scheduler_continues(torch, x64):
     noises = new_noises()
     theirs = TorchRun(torch, adamw_with_groups, new_params(), GROUPED_PATHS)
     falls = torch.optim.lr_scheduler.LambdaLR(theirs.optimizer, lambda t: 1 / (1 + 0.1 * t))
@@ -198,7 +198,7 @@ def test_groups_of_torch_with_a_scheduler(torch, x64):
         convert.from_torch(kept, adamw_like_groups(0.01), middle, order=GROUPED_PATHS)
 
 
-def test_a_transposed_kernel_of_torch(torch, x64):
+def test_a_run_with_a_transposed_kernel_continues(torch, x64):
     noises, ours = new_noises(), adamjax.adam(RATE, eps=1e-8)
 
     def turned(path, x):
@@ -241,7 +241,7 @@ def run_lazy(tx, params, state, noises):
 
 
 @pytest.mark.slow
-def test_sparse_adam_of_torch(torch, x64):
+def test_a_run_of_sparse_adam_continues_with_lazy_rows(torch, x64):
     noises = new_noises()
     theirs = TorchRun(torch, lambda o, ps: o.SparseAdam(ps, RATE), new_params())
     ours = adamjax.adam(RATE, eps_hat=1e-8, rows="lazy")
@@ -270,7 +270,7 @@ def test_sparse_adam_of_torch(torch, x64):
 
 
 @pytest.mark.slow
-def test_torch_into_exact_rows_with_row_gradients(torch, x64):
+def test_a_run_of_torch_continues_in_exact_rows(torch, x64):
     noises = new_noises()
     theirs = TorchRun(
         torch, lambda o, ps: o.AdamW(ps, RATE, weight_decay=0.1, amsgrad=True), new_params()
@@ -294,7 +294,7 @@ def test_torch_into_exact_rows_with_row_gradients(torch, x64):
             assert_close(back["state"][key][name], x.numpy(), rtol=1e-8)
 
 
-def test_torch_in_float32_and_bfloat16(torch):
+def test_float32_and_bfloat16_tensors_are_converted(torch):
     """bfloat16 tensors, which NumPy does not know, and float32 ones to rounding."""
     noises = new_noises(dtype=np.float32)
     theirs = TorchRun(torch, TORCH_AND_ADAMJAX["adam"][0], new_params(np.float32))
@@ -320,7 +320,7 @@ def test_torch_in_float32_and_bfloat16(torch):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_fused_steps_of_torch_go_on(layout, torch):
+def test_fused_steps_of_torch_continue_from_converted_moments(layout, torch):
     """torch's fused step is wrong if moments are not laid out in memory like the parameter."""
     memory_format = {
         "contiguous": torch.contiguous_format,
@@ -395,7 +395,7 @@ OTHER_TORCH = [
 
 
 @pytest.mark.parametrize("name", [*ADAMS_OF_TORCH, *OTHER_TORCH])
-def test_of_torch_optimizers_only_adams_are_taken(name, torch):
+def test_only_adams_of_torch_are_converted(name, torch):
     if not hasattr(torch.optim, name):
         pytest.skip(f"this torch has no {name}")
     params = {"w": jnp.ones((3, 2))}
@@ -410,7 +410,7 @@ def test_of_torch_optimizers_only_adams_are_taken(name, torch):
             convert.from_torch(state_dict, adamjax.adam(0.1, eps=1e-8), params)
 
 
-def test_all_of_torch_optimizers_but_adams_are_refused(torch):
+def test_all_optimizers_of_torch_except_adams_are_refused(torch):
     """Those of future versions too: they have keys of their own."""
     accepted, params = set(), [jnp.ones((3, 2))]
     txs = {
@@ -456,7 +456,7 @@ def test_a_step_of_torch_may_be_an_array_of_one_element():
         convert.from_torch(given, tx, params)
 
 
-def test_moments_of_torch_are_not_rounded_from_its_first_step_on_either():
+def test_moments_of_torch_are_not_rounded_to_a_narrower_dtype():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8, m_dtype="bfloat16")
     trained, fresh = (
         torch_state_dict(exp_avg=PARAMS["a"] * 0.3),
@@ -470,7 +470,7 @@ def test_moments_of_torch_are_not_rounded_from_its_first_step_on_either():
     convert.from_torch(fresh, tx, narrow)
 
 
-def test_the_product_of_nadam_is_a_copy():
+def test_the_product_of_nadam_is_copied_from_torch():
     tx, n = adamjax.nadam(0.1, eps=1e-8), 40
     for _ in range(n):  # Whether JAX would share memory depends on the address.
         product = np.array(0.9 * (1 - 0.5 * 0.96), np.float32)
@@ -583,7 +583,7 @@ def test_malformed_state_dicts_are_refused(what):
         convert.to_torch(state, tx, params, change(plain_torch_dict()), order=order)
 
 
-def test_the_flattened_form_of_torch_is_named():
+def test_an_error_names_what_is_passed_in_place_of_a_state_dict():
     flat = {"state.w.exp_avg": np.ones(2), "param_groups.w.lr": 0.1}
     for given, message in (
         (flat, r"got the flattened form .* 'state.w.exp_avg': make it without flatten_optimizer"),
@@ -605,7 +605,7 @@ def test_tensors_that_are_not_plain_are_refused():
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_complex_leaves_do_not_go_to_torch_nor_come_from_it(check):
+def test_complex_leaves_go_neither_to_torch_nor_from_it(check):
     """Also where all imaginary parts are 0 so far, or no step was taken yet."""
     tx, params = adamjax.adam(0.1, eps=1e-8), [jnp.ones(2, jnp.complex64), jnp.ones(2)]
     for given in (fresh_torch(), torch_after_a_step((2,), (2,))):
@@ -623,7 +623,7 @@ def test_complex_leaves_do_not_go_to_torch_nor_come_from_it(check):
 # --- names and order of parameters ----------------------------------------------------------------
 
 
-def test_an_order_of_torch_by_name():
+def test_an_order_may_map_names_of_torch_to_paths():
     tx, params = adamjax.adam(RATE, eps=1e-7), {"x": jnp.ones(2), "y": jnp.ones(2)}
     kept = numbered_torch([(2,), (2,), (2,)])
     kept["param_groups"][0]["param_names"] = ["b", "a", "c"]
@@ -634,7 +634,7 @@ def test_an_order_of_torch_by_name():
         convert.from_torch(kept, tx, params, order={"a": "x", "b": "y"})
 
 
-def test_the_names_of_torch_parameters_are_heeded(torch):
+def test_parameters_of_torch_are_matched_by_their_names(torch):
     """Leaves of one shape in another order would take each other's moments."""
     leaves = {name: torch.nn.Parameter(torch.ones(2)) for name in ("b", "a")}
     optimizer = torch.optim.Adam(list(leaves.items()), lr=0.1)
@@ -655,7 +655,7 @@ def test_the_names_of_torch_parameters_are_heeded(torch):
     assert_close(m, {"x": jnp.full(2, 0.2), "y": jnp.full(2, 0.1)}, rtol=1e-6)
 
 
-def test_names_of_torch_modules_are_those_of_flax(torch):
+def test_names_of_torch_modules_match_those_of_flax(torch):
     """`weight` is `kernel`; names before all others, as of a wrapper, do not matter."""
     layers = [torch.nn.Linear(2, 2, bias=False) for _ in range(12)]
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})
@@ -718,7 +718,7 @@ def test_shapes_of_a_torch_optimizer_show_a_wrong_order():
     assert new["state"][0]["exp_avg"].shape == (4, 3)
 
 
-def test_a_function_that_reshapes_hides_the_order():
+def test_an_adapt_that_reshapes_hides_the_order():
     params = {"query": jnp.zeros((2, 2)), "scale": jnp.zeros(4)}
     old, tx = torch_with_moments([np.ones(4, "f"), np.full(4, 2.0, "f")]), adam_like_optax()
 
@@ -744,7 +744,7 @@ def test_a_function_that_reshapes_hides_the_order():
 
 @pytest.mark.parametrize("names", [None, ["0.weight", "1.weight"]], ids=["no names", "names"])
 @pytest.mark.parametrize("leaf", ["kernel", "kernel_0", "w", "Wq", "weights", "weight", "table"])
-def test_square_kernels_of_torch_may_be_transposed(leaf, names):
+def test_square_kernels_that_torch_may_transpose_need_an_adapt(leaf, names):
     """Only leaves with names of torch's own, and tables, are not."""
     square, slots = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32), ("exp_avg", "exp_avg_sq")
     group = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
@@ -765,7 +765,7 @@ def test_square_kernels_of_torch_may_be_transposed(leaf, names):
     assert_same(adamjax.get_slot(state, "m")[0][leaf], square.T)
 
 
-def test_a_kernel_whose_shape_is_clear_speaks_for_no_other():
+def test_a_kernel_with_a_clear_shape_does_not_show_the_layout_of_others():
     slots, shapes = ("exp_avg", "exp_avg_sq"), {"w0": (2, 3), "w1": (2, 2), "gate": (2, 2)}
     group = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
     group["amsgrad"] = False
@@ -804,7 +804,9 @@ def test_a_kernel_whose_shape_is_clear_speaks_for_no_other():
         ((3, 4), None),
     ],
 )
-def test_kernels_of_torch_whose_shape_does_not_show_the_order_of_dimensions(shape, mend, named):
+def test_kernels_whose_shape_does_not_show_the_order_of_dimensions_need_an_adapt(
+    shape, mend, named
+):
     """torch has (out, in, *kernel_size), and kernels have (*kernel_size, in, out)."""
     kept = numbered_torch([shape])
     if named:
@@ -827,7 +829,7 @@ def test_kernels_of_torch_whose_shape_does_not_show_the_order_of_dimensions(shap
     assert_same(adamjax.get_slot(state, "m")["0"]["kernel"], kernel_of(x))
 
 
-def test_names_of_torch_that_are_not_weight_do_not_say_what_is_transposed():
+def test_names_of_torch_other_than_weight_do_not_show_a_transposition():
     old, params = (
         torch_with_moments([np.eye(2, dtype="f")], ["lin.W"]),
         {"lin": {"kernel": jnp.eye(2)}},
@@ -860,7 +862,7 @@ def test_a_torch_optimizer_without_arrays_shows_no_transposition():
         (lambda path, x, axes: x, TypeError, "adapt does not take two arguments"),
     ],
 )
-def test_an_adapt_that_makes_no_array_is_refused(adapt, error, message):
+def test_an_invalid_adapt_is_refused(adapt, error, message):
     tx, params = adamjax.adam(0.1, eps=1e-8), [jnp.zeros(2), jnp.zeros(2)]
     message = message.replace("'w'", "'0'")
     with pytest.raises(error, match=f"from_torch: {message}"):
@@ -900,7 +902,7 @@ DIFFERENT_OPTIONS = {
 
 
 @pytest.mark.parametrize("name", DIFFERENT_OPTIONS)
-def test_what_torch_says_is_compared(name):
+def test_options_of_torch_are_compared_with_tx(name):
     group, message = DIFFERENT_OPTIONS[name]
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
     convert.from_torch(torch_state_dict(), tx, params)
@@ -942,7 +944,7 @@ def test_an_error_says_how_a_target_gets_the_rate_of_tx(torch):
     ],
     ids=["cosine", "powers", "a callable"],
 )
-def test_rates_that_float32_does_not_have_are_the_same(rate, schedule):
+def test_a_float32_schedule_matches_the_float64_rates_of_torch(rate, schedule):
     """torch computes in float64; near its end, what float32 leaves of a cosine is another rate."""
     params = jax.tree.map(jnp.asarray, PARAMS)
     for count in (10, 900, 990, 998):
@@ -989,7 +991,7 @@ def test_a_rate_that_is_scaled_is_another_rate():
     convert.from_torch(torch_state_dict(), adamjax.chain(*parts), params)
 
 
-def test_what_schedulers_of_torch_note_for_themselves(torch):
+def test_options_that_schedulers_of_torch_add_to_groups_are_read(torch):
     params, tx = {"w": jnp.ones(2)}, adamjax.adam(adamjax.constant(0.1), eps=1e-8)
     for cycle in (False, True):
         optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=0.1)
@@ -1046,7 +1048,7 @@ DECAYED = {
 
 
 @pytest.mark.parametrize("name", DECAYED)
-def test_a_decay_is_compared_as_it_comes_to_the_step(name):
+def test_a_decay_is_compared_as_the_step_scales_it(name):
     decoupled, parts, problem = DECAYED[name]
     given = torch_state_dict({"weight_decay": 0.5, "decoupled_weight_decay": decoupled})
     params = jax.tree.map(jnp.asarray, PARAMS)
@@ -1059,7 +1061,7 @@ def test_a_decay_is_compared_as_it_comes_to_the_step(name):
             convert.from_torch(given, tx, params)
 
 
-def test_a_decay_in_front_of_the_negation_is_not_that_of_maximize():
+def test_maximize_negates_before_the_weight_decay():
     params = jax.tree.map(jnp.asarray, PARAMS)
     kept = torch_state_dict({"maximize": True, "weight_decay": 0.5})
     parts = adamjax.scale(-1.0), adamjax.add_decayed_weights(0.5)
@@ -1086,7 +1088,7 @@ def test_torch_clips_before_its_weight_decay():
         convert.from_torch(old, adamjax.chain(decay, clip, adam_like_optax()), jnp.zeros(3))
 
 
-def test_updates_that_torch_does_not_clip():
+def test_a_clip_of_updates_is_refused_because_torch_has_none():
     group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
     kept = {
         "state": {},
@@ -1100,7 +1102,7 @@ def test_updates_that_torch_does_not_clip():
 
 
 @pytest.mark.parametrize("what", ["decay", "schedule"])
-def test_a_decay_and_a_schedule_of_torch_are_in_the_steps_of_its_rule(what):
+def test_a_decay_and_a_schedule_outside_of_the_accumulation_are_refused(what):
     """The loop of torch takes a step for several micro-batches, and decays once for them."""
     rule, params = adamjax.scale_by_adam(eps=1e-8), jnp.zeros(3)
     one, rest, options, message = {
@@ -1136,7 +1138,7 @@ def test_a_decay_and_a_schedule_of_torch_are_in_the_steps_of_its_rule(what):
         convert.from_torch(old, tx, params, order=["a", "b"])
 
 
-def test_an_average_that_sets_weights_is_not_added_in_a_conversion():
+def test_an_average_that_overwrites_weights_cannot_be_passed_to_a_conversion():
     tx = adamjax.chain(adam_like_optax(), adamjax.weight_ema(0.5, overwrite_frequency=2))
     with pytest.raises(ValueError, match="sets the weights to their average"):
         convert.from_torch(
@@ -1147,7 +1149,7 @@ def test_an_average_that_sets_weights_is_not_added_in_a_conversion():
 # --- parameters that torch does not train ---------------------------------------------------------
 
 
-def test_a_parameter_that_torch_never_trained():
+def test_a_parameter_that_torch_never_trained_needs_a_part_of_its_own():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
     kept = torch_state_dict()
     del kept["state"][1]
