@@ -1,10 +1,10 @@
 """What the tests of conversions share: runs that change their optimizer in the middle, and states.
 
-Ten steps are taken by one system, its state is converted, and twenty more are taken by both, really
-running the packages. Both do the same arithmetic in another order, so trajectories are
-compared in float64, to 1e-12 of the largest weight: a slot in the wrong place, a count that is off
-by one or an epsilon of the other form is seen at 1e-3 to 1e-8. In float32, where systems differ by
-how they compute the bias correction, a few runs are compared to what that rounds off.
+One package takes ten steps, its state is converted, and both packages take twenty more. Both do the
+same arithmetic in another order, so the weights after each step are compared in float64, to 1e-12
+of the largest weight. A misplaced slot, a count that is off by one or the other form of epsilon
+changes the weights by 1e-8 to 1e-3. The packages compute bias corrections differently, so the few
+runs in float32 are compared to its rounding errors.
 """
 
 import functools
@@ -21,10 +21,10 @@ from adamjax import convert
 # --- runs that change their optimizer -------------------------------------------------------------
 
 
-STEPS_BEFORE, STEPS_AFTER = 10, 20
+STEPS_BEFORE, STEPS_AFTER = 10, 20  # before and after the conversion
 
 
-RATE = 0.0625  # a float32, as which Keras keeps it
+RATE = 0.0625  # exact in float32, in which Keras stores it
 
 
 SHAPES = {"embed": {"table": (6, 3)}, "head": {"bias": (4,), "kernel": (3, 4)}}
@@ -50,9 +50,9 @@ def new_noises(steps=STEPS_BEFORE + STEPS_AFTER, dtype=np.float64, seed=1):
     ]
 
 
-def gradient(p, n):
-    """Of a bowl, and noise: later steps feel the earlier ones through the weights."""
-    return 0.5 * p + n
+def gradient(p, noise):
+    """The gradient of a quadratic loss, plus noise. It depends on all earlier steps through `p`."""
+    return 0.5 * p + noise
 
 
 @functools.cache
@@ -79,21 +79,23 @@ def run_adamjax(tx, params, state, noises):
 
 
 def rows_of_step(step):
-    """Two rows a step, four of six in all: two are never touched again."""
+    """The two rows of the table that a step reads. No step reads the last two of the six rows."""
     return np.array([step % 3, 3])
 
 
 def row_mask(step):
-    flags = np.zeros((6, 1))
-    flags[rows_of_step(step)] = 1
-    return flags
+    mask = np.zeros((6, 1))
+    mask[rows_of_step(step)] = 1
+    return mask
 
 
-def zero_other_rows(tree, step):
-    return {**tree, "embed": {"table": tree["embed"]["table"] * row_mask(step)}}
+def zero_other_rows(grads, step):
+    return {**grads, "embed": {"table": grads["embed"]["table"] * row_mask(step)}}
 
 
 def run_exact_rows(tx, params, state, noises):
+    """The parameters and the state after steps with row gradients, up to date."""
+
     @jax.jit
     def step(params, state, ids, n):
         rows, ticket = tx.prepare(params, state, {"embed": ids})
@@ -111,6 +113,8 @@ def run_exact_rows(tx, params, state, noises):
 
 
 def run_dense(tx, params, state, noises):
+    """The same steps with dense gradients."""
+
     @jax.jit
     def step(params, state, mask, n):
         grads = jax.tree.map(gradient, params, n)
@@ -144,11 +148,12 @@ def part_labels(tree):
 
 def multi_steps(tx, steps=4):
     # By default newer versions accumulate in float32, older ones in the dtype of the parameters.
-    known = "accumulator_dtype" in inspect.signature(optax.MultiSteps.__init__).parameters
-    kept = {"accumulator_dtype": np.float64} if known else {}
-    return optax.MultiSteps(tx, steps, **kept).gradient_transformation()
+    has_option = "accumulator_dtype" in inspect.signature(optax.MultiSteps.__init__).parameters
+    options = {"accumulator_dtype": np.float64} if has_option else {}
+    return optax.MultiSteps(tx, steps, **options).gradient_transformation()
 
 
+# For each case, functions that make a transform of optax and that of adamjax.
 OPTAX_AND_ADAMJAX = {
     "adam": (lambda: optax.adam(RATE), lambda: adamjax.adam(RATE, eps=1e-8)),
     "adam, an epsilon that matters": (
@@ -164,7 +169,7 @@ OPTAX_AND_ADAMJAX = {
             adamjax.adamw(falling_rate, eps=1e-8, weight_decay=0.1),
         ),
     ),
-    "a decay that masks": (
+    "a decay with a mask": (
         lambda: optax.adamw(RATE, weight_decay=0.1, mask=head_mask),
         lambda: adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1, mask="^head"),
     ),
@@ -225,7 +230,7 @@ OPTAX_AND_ADAMJAX = {
             default=adamjax.adam(falling_rate, eps=1e-8),
         ),
     ),
-    "MultiSteps of several parts": (  # of which one has just taken a step
+    "MultiSteps of several parts": (  # at the conversion one of them has just taken a step
         lambda: optax.multi_transform(
             {
                 "rows": multi_steps(optax.adam(falling_rate), 5),
@@ -259,7 +264,7 @@ OPTAX_AND_ADAMJAX = {
 
 @functools.cache
 def optax_and_adamjax(name):
-    """The transforms of this name, the same each time: compiled once."""
+    """The transforms of a case, cached, so that `jitted_step` compiles each once."""
     return tuple(make() for make in OPTAX_AND_ADAMJAX[name])
 
 
@@ -289,16 +294,18 @@ PARAMS = {"a": np.ones(2, np.float32), "b": np.ones(3, np.float32)}
 
 
 def optax_state(params=None, tx=OPTAX_ADAM, count=1):
+    """A fresh state of optax, but with this count."""
     state = tx.init(jax.tree.map(jnp.asarray, PARAMS if params is None else params))
     return jax.tree.map(lambda x: x + count if x.dtype == jnp.int32 else x, state)
 
 
+# The parameters of most tests that compare steps, and labels of their leaves for multi_transform.
 TWO_LEAVES = {"a": jnp.ones(3), "b": jnp.ones((2, 3))}
 LABELS = {"a": "x", "b": "y"}
 
 
 def state_after(tx, n, params=None, **extra_args):
-    """The state after n steps."""
+    """The state after n steps whose gradients are the parameters."""
     params = TWO_LEAVES if params is None else params
     state = tx.init(params)
     for _ in range(n):
@@ -306,6 +313,7 @@ def state_after(tx, n, params=None, **extra_args):
     return state
 
 
+# In the error for two optimizers whose steps differ.
 STEPS_DIFFER = "tx moves an element"
 
 
@@ -313,6 +321,7 @@ STEPS_DIFFER = "tx moves an element"
 
 
 def keras_variables(extra=()):
+    """The variables of a Keras Adam of `PARAMS`, and more of them, as pairs (name, array)."""
     pairs = [("adam/iteration", np.array(1)), ("adam/learning_rate", np.float32(RATE))]
     for path, x in PARAMS.items():
         pairs += [(f"adam/{path}_momentum", x), (f"adam/{path}_velocity", x)]
@@ -320,13 +329,13 @@ def keras_variables(extra=()):
 
 
 def numbered_keras(shapes):
-    """The variables of an Adam without names, of parameters with m and v of 1, 2, ..."""
+    """The variables of a Keras Adam by their numbers; m and v of parameter i are i + 1."""
     slots = [np.full(shape, i + 1.0) for i, shape in enumerate(shapes) for _ in "mv"]
     return {str(i): x for i, x in enumerate([np.array(1), np.float32(RATE), *slots])}
 
 
 def keras_variables_named(names, prefix="adam"):
-    """Variables of as many leaves of one shape, their moments the number of each."""
+    """Variables of a Keras Adam as pairs (name, array); m and v of leaf i are i + 1."""
     pairs = [(f"{prefix}/iteration", np.array(1)), (f"{prefix}/learning_rate", np.float32(RATE))]
     for i, name in enumerate(names):
         x = np.full(2, i + 1, np.float32)
@@ -334,6 +343,7 @@ def keras_variables_named(names, prefix="adam"):
     return pairs
 
 
+# The variables of a Keras Adam of {"w": jnp.zeros(2)}.
 NAMED_VARIABLES = [
     ("adam/iteration", np.array(7)),
     ("adam/learning_rate", np.array(0.1)),
@@ -342,6 +352,7 @@ NAMED_VARIABLES = [
 ]
 
 
+# The parameters and the rule of `keras_optimizer`.
 KERAS_PARAMS = {"v0": jnp.ones(3), "v1": jnp.ones(3)}
 
 
@@ -358,16 +369,17 @@ def keras_optimizer(keras, count=0, cls="Adam", variables=None, **options):
 # --- state dicts of torch -------------------------------------------------------------------------
 
 
-def torch_state_dict(group=(), **held):
-    kept = {"step": 1.0, "exp_avg": PARAMS["a"], "exp_avg_sq": PARAMS["a"], **held}
-    other = {"step": 1.0, "exp_avg": PARAMS["b"], "exp_avg_sq": PARAMS["b"]}
-    groups = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8}
-    groups |= {"weight_decay": 0, "amsgrad": False, "decoupled_weight_decay": False, **dict(group)}
-    return {"state": {0: kept, 1: other}, "param_groups": [groups]}
+def torch_state_dict(options=(), **changes_of_a):
+    """The state dict of a torch Adam of `PARAMS`, with other options or another state of `a`."""
+    a = {"step": 1.0, "exp_avg": PARAMS["a"], "exp_avg_sq": PARAMS["a"], **changes_of_a}
+    b = {"step": 1.0, "exp_avg": PARAMS["b"], "exp_avg_sq": PARAMS["b"]}
+    group = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8}
+    group |= {"weight_decay": 0, "amsgrad": False, "decoupled_weight_decay": False, **dict(options)}
+    return {"state": {0: a, 1: b}, "param_groups": [group]}
 
 
 def numbered_torch(shapes):
-    """The same of torch."""
+    """The same as a state dict of torch."""
     state = {
         i: {"step": 1, "exp_avg": np.full(shape, i + 1.0), "exp_avg_sq": np.full(shape, i + 1.0)}
         for i, shape in enumerate(shapes)
@@ -377,6 +389,7 @@ def numbered_torch(shapes):
 
 
 def plain_torch_dict():
+    """The state dict of a torch Adam of two parameters with equal states."""
     leaf_state = {"step": 7, "exp_avg": np.full(2, 0.5, "f"), "exp_avg_sq": np.ones(2, "f")}
     group = {"params": [0, 1], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
     group |= {"weight_decay": 0, "amsgrad": False}
@@ -384,7 +397,7 @@ def plain_torch_dict():
 
 
 def fresh_torch(names=None):
-    """The state of a torch Adam of two parameters before its first step."""
+    """The state dict of a torch Adam of two parameters before its first step."""
     group = {"params": [0, 1], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
     group |= {"weight_decay": 0, "amsgrad": False}
     return {
@@ -394,7 +407,7 @@ def fresh_torch(names=None):
 
 
 def torch_after_a_step(*shapes):
-    """The state of a torch Adam of parameters with these shapes, after a step."""
+    """The state dict of a torch Adam of parameters with these shapes, after a step."""
     target = fresh_torch()
     target["param_groups"][0]["params"] = list(range(len(shapes)))
     for key, shape in enumerate(shapes):
@@ -404,7 +417,7 @@ def torch_after_a_step(*shapes):
 
 
 def torch_with_moments(arrays, names=None, **options):
-    """The state dict of an Adam whose moments are these arrays."""
+    """The state dict of a torch Adam: m and v of each parameter are one of the arrays."""
     group = {"params": list(range(len(arrays))), "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
     group |= {"weight_decay": 0, "amsgrad": False, **options}
     slots = ("exp_avg", "exp_avg_sq")
@@ -417,10 +430,10 @@ def torch_with_moments(arrays, names=None, **options):
 # --- all systems ----------------------------------------------------------------------------------
 
 
-def conversion_calls(tx, params, others=None):
-    """Every conversion from and to a state of a transform, perhaps with other parameters."""
+def conversion_calls(tx, params, passed_params=None):
+    """Calls of all conversions, with states of `params`; `passed_params` may be others."""
     state, old = tx.init(params), OPTAX_ADAM.init(params)
-    params = params if others is None else others
+    params = params if passed_params is None else passed_params
     keras = [(name, np.zeros_like(x)) for name, x in keras_variables()]
     torch = {**torch_state_dict(), "state": {}}
     return {

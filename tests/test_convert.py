@@ -1,4 +1,4 @@
-"""Conversions: what holds for the states of every other library, and what every one refuses."""
+"""Conversions from and to every other library: what all convert, and what all refuse."""
 
 from typing import Any, NamedTuple
 
@@ -120,20 +120,20 @@ class TensorOfTensorflow:
     dtype, shape = "tf.float32", (2,)
 
     def numpy(self):
-        raise AssertionError("not asked")
+        raise AssertionError("this must not be called")
 
 
 @pytest.mark.parametrize("kind", ["torch", "tensorflow", "text"])
 def test_parameters_that_are_no_arrays_are_refused(kind):
     params = jax.tree.map(jnp.asarray, PARAMS)
-    leaf, mend = {
+    leaf, fix = {
         "torch": (lambda: pytest.importorskip("torch").ones(2), r"asarray\(x.detach"),
         "tensorflow": (TensorOfTensorflow, r"asarray\(x.numpy"),
         "text": (lambda: "text", "give only the arrays of a model"),
     }[kind]
-    others = {**params, "a": leaf()}
-    for conversion, call in conversion_calls(ADAM, params, others).items():
-        message = f"{conversion}: the leaf 'a' is a .*, expected an array of JAX or NumPy: .*{mend}"
+    passed_params = {**params, "a": leaf()}
+    for conversion, call in conversion_calls(ADAM, params, passed_params).items():
+        message = f"{conversion}: the leaf 'a' is a .*, expected an array of JAX or NumPy: .*{fix}"
         with pytest.raises(TypeError, match=message):
             call()
 
@@ -189,7 +189,7 @@ def test_from_keras_refuses_a_state_dict_of_torch():
 
 @pytest.mark.parametrize("shape", [(2, 5), (3, 2, 5), (3, 4, 2, 5), (3, 4, 6, 2, 5)], ids=str)
 def test_the_adapts_that_errors_recommend_are_inverses(shape):
-    """From the dimensions of torch to those of a kernel, and back, whatever the rank."""
+    """Those of to_torch and from_torch, and of from_keras and to_keras, for kernels of any rank."""
     tx, (*window, n_in, n_out) = adamjax.adam(0.1, eps=1e-8), shape
     params = {"kernel": jnp.ones(shape)}
     target = torch_after_a_step((n_out, n_in, *window))
@@ -208,14 +208,14 @@ def test_the_adapts_that_errors_recommend_are_inverses(shape):
         with pytest.raises(TypeError, match=f"{name}: adapt is 3 ") as caught:
             call(3)
         text = str(caught.value)
-        recommended[name] = eval(text[text.index("lambda") :])  # a text of our own
+        recommended[name] = eval(text[text.index("lambda") :])  # the code in adamjax' own error
         call(recommended[name])
     x = np.arange(np.prod(shape)).reshape(shape)
-    for there, back, leaf in (
+    for transpose, inverse, leaf in (
         ("to_torch", "from_torch", "kernel"),
         ("from_keras", "to_keras", "weight"),
     ):
-        again = recommended[back](leaf, recommended[there](leaf, x))
+        again = recommended[inverse](leaf, recommended[transpose](leaf, x))
         np.testing.assert_array_equal(again, x)
 
 
@@ -224,7 +224,7 @@ def test_the_adapts_that_errors_recommend_are_inverses(shape):
 
 @pytest.mark.parametrize("system", ["keras", "torch"])
 def test_parameters_without_names_need_an_order_if_leaves_have_one_shape(system):
-    """In Keras and torch gamma comes before beta; in a dictionary the keys are sorted."""
+    """A Keras or torch layer has gamma before beta, but JAX sorts the keys of a dictionary."""
     read, numbered, tx = {
         "keras": (convert.from_keras, numbered_keras, adamjax.adam(RATE, eps_hat=1e-7)),
         "torch": (convert.from_torch, numbered_torch, adamjax.adam(RATE, eps=1e-7)),
@@ -237,12 +237,12 @@ def test_parameters_without_names_need_an_order_if_leaves_have_one_shape(system)
         read(variables, tx, params)
     state = read(variables, tx, params, order=["norm/gamma", "norm/beta"])
     assert adamjax.get_slot(state, "m")["norm"]["gamma"][0] == 1
-    # A list has Keras' order; check=False takes the order of params.
+    # Leaves of a list are matched in their order, and with check=False those of any tree.
     state = read(variables, tx, [jnp.ones(2), jnp.ones(2)])
     assert adamjax.get_slot(state, "m")[1][0] == 2
     state = read(variables, tx, params, check=False)
     assert adamjax.get_slot(state, "m")["norm"]["beta"][0] == 1
-    # Leaves of different shapes need no names: a wrong order does not fit.
+    # Leaves of different shapes need no order=, because the shapes refuse a wrong order.
     different = {"beta": jnp.ones(2), "gamma": jnp.ones(3)}
     assert adamjax.get_slot(read(numbered([(2,), (3,)]), tx, different), "m")["gamma"][0] == 2
     with pytest.raises(ValueError, match="order"):
@@ -264,7 +264,7 @@ def test_leaves_that_are_transposes_of_each_other_need_an_order():
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("form", ["keras", "keras, arrays", "torch"])
 def test_keys_that_are_numbers_are_ordered_as_numbers(form, check):
-    """As save_own_variables writes them; sorted as text, "10" comes before "2"."""
+    """save_own_variables writes such keys. Sorted as text, "10" would come before "2"."""
     shapes = [(2,)] * 12
     if form == "torch":
         read, write, tx = convert.from_torch, convert.to_torch, adamjax.adam(RATE, eps=1e-7)
@@ -309,7 +309,7 @@ transform_state("m")(HeavyBallWithAdamState)
 
 
 class heavy_ball(Rule):
-    """A rule of a user's own."""
+    """A user-defined rule."""
 
     def init(self, params):
         return HeavyBallState(jax.tree.map(jnp.zeros_like, params))
@@ -319,21 +319,21 @@ class heavy_ball(Rule):
 
 
 class heavy_ball_with_adam(heavy_ball):
-    """A rule whose state contains one of Adam."""
+    """A user-defined rule whose state contains a state of Adam."""
 
     def init(self, params):
         return HeavyBallWithAdamState(super().init(params).m, adamjax.scale_by_adam().init(params))
 
 
 class other_use_of_adam_state(heavy_ball):
-    """A rule that uses the class of Adam's state for something else."""
+    """A user-defined rule with the class of Adam's state."""
 
     def init(self, params):
         return adamjax.scale_by_adam().init(params)
 
 
 class sign(heavy_ball):
-    """A rule without slots."""
+    """A user-defined rule without slots."""
 
     def init(self, params):
         return ()
@@ -387,8 +387,8 @@ def test_a_state_of_another_rule_than_that_of_tx_is_refused(name):
 
 
 def test_options_and_names_also_show_the_rule_of_a_state():
-    """Of adam and nadam, and of amsgrad without its maximum."""
-    params, kept = jax.tree.map(jnp.asarray, PARAMS), torch_state_dict({"amsgrad": True})
+    """torch's option amsgrad without max_exp_avg_sq, and Keras' name nadam with slots of adam."""
+    params, old = jax.tree.map(jnp.asarray, PARAMS), torch_state_dict({"amsgrad": True})
     for tx, message in [
         (ADAM, "and says that they are those of amsgrad; for adam, expected a state that says"),
         (
@@ -397,7 +397,7 @@ def test_options_and_names_also_show_the_rule_of_a_state():
         ),
     ]:
         with pytest.raises(ValueError, match=message):
-            convert.from_torch(kept, tx, params)
+            convert.from_torch(old, tx, params)
     with pytest.raises(ValueError, match="says that they are those of nadam; for adam, expec"):
         convert.from_keras(keras_variables_named(["a"], "nadam"), adamjax.adam(RATE), jnp.zeros(2))
 
@@ -411,7 +411,7 @@ transform_state("slow", rule=False)(LookAheadState)
 
 
 class look_ahead(Transform):
-    """A wrapper of a user's own, with slots."""
+    """A user-defined wrapper with a slot."""
 
     tx: Transform
 
@@ -450,7 +450,7 @@ def test_transforms_of_other_libraries_beside_the_rule_are_refused(system, place
 
 
 class Halves(Transform):
-    """A user's own."""
+    """A user-defined transform."""
 
     def init(self, params):
         return ()
@@ -460,7 +460,7 @@ class Halves(Transform):
 
 
 class HalvesOf(Transform):
-    """One around others."""
+    """A user-defined wrapper."""
 
     tx: Any
 
@@ -489,7 +489,7 @@ def test_user_defined_transforms_beside_a_rule_are_refused():
             )
         with pytest.raises(ValueError, match=message):
             convert.from_keras(NAMED_VARIABLES, make(adamjax.adam(0.1)), {"w": jnp.zeros(2)})
-    # Variables of Keras do not contain what it does to gradients.
+    # Variables of Keras do not show what the optimizer does to gradients before its rule.
     tx = adamjax.chain(HalvesOf(adamjax.scale(1.0)), adamjax.adam(0.1))
     convert.from_keras(NAMED_VARIABLES, tx, {"w": jnp.zeros(2)})
 
@@ -512,7 +512,7 @@ def test_gradients_negated_or_zeroed_before_the_rule_are_refused(system):
     for zero in (adamjax.set_to_zero(), adamjax.scale(0.0)):
         with pytest.raises(ValueError, match=r"as they are, tx has s.* before the rule: leave it"):
             convert_to(adamjax.chain(zero, adam))
-    if system == "torch":
+    if system == "torch":  # only maximize=True negates the gradients
         old = torch_with_moments([np.ones(3, "f")], maximize=True)
         convert.from_torch(old, before, jnp.zeros(3))
 
@@ -580,14 +580,14 @@ def test_leaves_that_the_other_optimizer_does_not_have_must_not_move(system):
     rule = adamjax.scale_by_adam(**({"eps": 1e-8} if system == "torch" else {"eps_hat": 1e-7}))
     rate, zero = adamjax.scale_by_learning_rate(0.1), adamjax.set_to_zero()
     frozen = adamjax.partition([("base", zero)], default=rule)
-    torch_state_dict = torch_with_moments(
+    state_dict = torch_with_moments(
         [np.ones(2, "f")], weight_decay=0.3, decoupled_weight_decay=True
     )
     variables = [("adamw" + name[4:], x) for name, x in NAMED_VARIABLES]
 
     def convert_to(tx):
         if system == "torch":
-            return convert.from_torch(torch_state_dict, tx, params, order=["w"])
+            return convert.from_torch(state_dict, tx, params, order=["w"])
         return convert.from_keras(variables, tx, params, order=["w"])
 
     decay = adamjax.add_decayed_weights(0.3)

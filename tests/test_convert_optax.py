@@ -1,4 +1,4 @@
-"""Conversions from optax and to it: runs go on, and states that do not fit are refused."""
+"""Conversions from optax and to it: runs continue, and states that do not fit are refused."""
 
 import inspect
 import re
@@ -74,14 +74,14 @@ def test_a_state_converted_there_and_back_is_the_same(name, x64):
     _, state = run_optax(theirs, params, theirs.init(params), new_noises()[:STEPS_BEFORE])
     converted = convert.from_optax(state, ours, params, theirs)
     back = convert.to_optax(converted, ours, params, theirs)
-    if name == "inject_hyperparams":  # which keeps the rates of the last step as well
+    if name == "inject_hyperparams":  # whose state also has the rates of the last step
         state, back = state.inner_state, back.inner_state
     assert_close(back, state, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_with_narrow_parameters_and_float32_moments_continues(dtype):
-    """Gradients in float32, as both would square them in the gradients' dtype otherwise."""
+    """The gradients are float32: both packages would square narrow ones in their narrow dtype."""
     theirs, ours = (
         optax.adamw(RATE, weight_decay=0.1),
         adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1),
@@ -149,7 +149,7 @@ def test_a_run_continues_in_exact_rows_and_back(name, x64):
     converted = convert.from_optax(state, ours, middle, theirs)
     assert int(converted.clock) == STEPS_BEFORE
     actual, ours_state = run_exact_rows(ours, middle, converted, noises[STEPS_BEFORE:])
-    # What exact_rows promises of rows that have caught up.
+    # The accuracy of rows that have caught up.
     assert_close(actual, expected, rtol=1e-8)
     back = convert.to_optax(ours_state, ours, actual, theirs)
     assert_close(back, expected_state, rtol=1e-8)
@@ -219,10 +219,10 @@ def test_from_optax_takes_the_average_that_optax_lacks(x64):
     ids=["amsgrad", "nadam"],
 )
 def test_amsgrad_and_nadam_of_optax_are_like_ours_after_many_steps(theirs, ours, count, x64):
-    """A state of a long run is one of a short run with its count set."""
+    """The state of a long run is made from that of a short run: only its count is changed."""
     params, noises = new_params(), new_noises()
     (*_, middle), state = run_optax(theirs, params, theirs.init(params), noises[:STEPS_BEFORE])
-    young = state
+    early = state
     state = (state[0]._replace(count=jnp.asarray(count, jnp.int32)), *state[1:])
     expected, _ = run_optax(theirs, middle, state, noises[STEPS_BEFORE:])
     converted = convert.from_optax(state, ours, middle, theirs)
@@ -233,21 +233,21 @@ def test_amsgrad_and_nadam_of_optax_are_like_ours_after_many_steps(theirs, ours,
     actual, _ = run_optax(theirs, actual[-1], back, noises[:STEPS_AFTER])
     assert_close(actual, expected, rtol=1e-12)
     with pytest.raises(ValueError, match=r"is not that of adamjax.*'embed/table', after 10 steps"):
-        convert.from_optax(young, ours, middle, theirs)
-    _, young = run_adamjax(ours, params, ours.init(params), noises[:2])
+        convert.from_optax(early, ours, middle, theirs)
+    _, early = run_adamjax(ours, params, ours.init(params), noises[:2])
     with pytest.raises(ValueError, match=r"is not that of adamjax.*'embed/table', after 2 steps"):
-        convert.to_optax(young, ours, middle, theirs)
+        convert.to_optax(early, ours, middle, theirs)
 
 
 def test_the_rtol_that_an_error_gives_bounds_the_difference_of_amsgrad(x64):
-    """What `rtol` lets pass is as large as the message says, and no larger than it."""
+    """The next steps differ by at most this rtol, and by at least a tenth of it."""
     theirs, ours = optax.amsgrad(RATE), adamjax.amsgrad(RATE, eps=1e-8)
     params, noises = new_params(), new_noises()
     (*_, middle), state = run_optax(theirs, params, theirs.init(params), noises[:STEPS_BEFORE])
     state = (state[0]._replace(count=jnp.asarray(8_000, jnp.int32)), *state[1:])
-    with pytest.raises(ValueError, match="rtol=") as refused:
+    with pytest.raises(ValueError, match="rtol=") as caught:
         convert.from_optax(state, ours, middle, theirs)
-    rtol = float(re.search(r"rtol=(\S+)", str(refused.value))[1])
+    rtol = float(re.search(r"rtol=(\S+)", str(caught.value))[1])
     assert 1e-4 < rtol < 2e-4
     converted = convert.from_optax(state, ours, middle, theirs, rtol=rtol)
     expected, _ = run_optax(theirs, middle, state, noises[STEPS_BEFORE:][:1])
@@ -373,8 +373,8 @@ def test_moments_whose_squares_are_too_small_for_float16_are_converted():
     for _ in range(3):
         _, state = old.update({"w": jnp.full(3, 1e-4, jnp.float16)}, state, params)
     assert not np.any(state[0].nu["w"])
-    made = convert.from_optax(state, adamjax.adam(0.1, eps=1e-4), params, old)
-    assert_same(adamjax.get_slot(made, "m")["w"], state[0].mu["w"].astype(jnp.float32))
+    converted = convert.from_optax(state, adamjax.adam(0.1, eps=1e-4), params, old)
+    assert_same(adamjax.get_slot(converted, "m")["w"], state[0].mu["w"].astype(jnp.float32))
     large = state[0]._replace(mu={"w": jnp.ones(3, jnp.float16)})
     with pytest.raises(ValueError, match="mu is larger than nu allows"):
         convert.from_optax((large, *state[1:]), adamjax.adam(0.1, eps=1e-4), params, old)
@@ -411,7 +411,7 @@ REFUSED = {
         lambda: (optax_state({"a": PARAMS["a"]}), adamjax.adam(RATE, eps=1e-8)),
         r"no moments of the leaf 'b'",
     ),
-    "a leaf that has no place": (
+    "a leaf without a place": (
         lambda: (optax_state(), adamjax.masked(adamjax.adam(RATE, eps=1e-8), "^a")),
         r"moments of the leaf 'b' have no place",
     ),
@@ -419,15 +419,15 @@ REFUSED = {
         lambda: (optax_state({**PARAMS, "b": np.ones(4)}), adamjax.adam(RATE, eps=1e-8)),
         r"m of 'b' has shape \[4\], expected \[3\]",
     ),
-    "another rule": (
+    "a rule with more slots": (
         lambda: (optax_state(tx=optax.amsgrad(RATE)), adamjax.adam(RATE, eps=1e-8)),
         r"of 'a', optax has \['mu', 'nu', 'nu_max'\], those of amsgrad; for adam, expected",
     ),
-    "another rule, other way": (
+    "a rule with fewer slots": (
         lambda: (optax_state(), adamjax.amsgrad(RATE, eps=1e-8)),
         r"of 'a', optax has \['mu', 'nu'\].*for amsgrad, expected \['mu', 'nu', 'nu_max'\]",
     ),
-    "a state that is not known": (
+    "a state without a place": (
         lambda: (
             optax_state(tx=optax.chain(optax.trace(0.9), OPTAX_ADAM)),
             adamjax.adam(RATE, eps=1e-8),
@@ -464,7 +464,7 @@ def test_a_state_that_does_not_fit_tx_is_refused(name):
 
 
 class MyState(NamedTuple):
-    """As Adam's, of something else."""
+    """A class of another library, with the fields of Adam's state."""
 
     count: jax.Array
     mu: dict
@@ -534,8 +534,9 @@ def test_states_that_were_restored_without_their_classes_are_refused():
     for restored in (bare, (bare[0], {}), {"0": bare[0]}):
         with pytest.raises(TypeError, match=r"the state is a \w+, expected .*without its classes"):
             tx.update(params, restored, params)
-    mended = jax.tree.structure(tx.init(params)).unflatten(jax.tree.leaves(tx.init(params)))
-    assert_same(mended, tx.init(params))
+    # What the error recommends.
+    rebuilt = jax.tree.structure(tx.init(params)).unflatten(jax.tree.leaves(tx.init(params)))
+    assert_same(rebuilt, tx.init(params))
 
 
 @pytest.mark.parametrize(
@@ -554,14 +555,14 @@ def test_states_that_were_restored_without_their_classes_are_refused():
 def test_states_of_other_optax_rules_are_refused(theirs):
     theirs, params = theirs(), {"w": jnp.ones((3, 2))}
     _, state = theirs.update({"w": jnp.full((3, 2), 0.3)}, theirs.init(params), params)
-    if type(theirs).__name__ and any(type(x).__name__ == "ScaleByAdamState" for x in state):
+    if any(type(x).__name__ == "ScaleByAdamState" for x in state):
         pytest.skip("its state is of Adam's class")
     for tx in (adamjax.adam(0.1, eps=1e-8), adamjax.amsgrad(0.1, eps=1e-8)):
         with pytest.raises(ValueError, match="from_optax: "):
             convert.from_optax(state, tx, params, theirs)
 
 
-# Their states are of Adam's class.
+# Optimizers of optax whose states have the class of Adam's state.
 LIKE_ADAM = {
     *("adam", "adamw", "nadam", "nadamw", "adamax", "adamaxw", "radam", "lamb", "yogi", "adopt"),
 }
@@ -581,7 +582,7 @@ def optax_optimizers():
 
 @pytest.mark.filterwarnings("ignore")
 def test_all_optimizers_of_optax_except_adams_are_refused():
-    """Those of future versions too."""
+    """Also those of future releases."""
     params, accepted, seen = {"w": jnp.ones((3, 2))}, set(), 0
     txs = (adamjax.adam, adamjax.amsgrad, adamjax.adamax, adamjax.nadam)
     for name, make in optax_optimizers():
@@ -589,7 +590,7 @@ def test_all_optimizers_of_optax_except_adams_are_refused():
             theirs = make(learning_rate=0.1)
             state = theirs.init(params)
         except (AttributeError, TypeError, ValueError):
-            continue  # one that asks for more
+            continue  # it needs other arguments or parameters
         seen += 1
         for tx in txs:
             ours = tx(0.1, eps=1e-8)
@@ -606,7 +607,7 @@ def test_all_optimizers_of_optax_except_adams_are_refused():
     names = {tx: {name for name, other in accepted if other == tx} for _, tx in accepted}
     assert names["adam"] == {"adam"}
     assert names["amsgrad"] == {"amsgrad"}
-    # Of other forms, as much may differ as rtol says.
+    # optax defines these rules differently, and a large rtol allows that.
     assert {"adamax", "nadam"} <= names["adamax"] | names["nadam"] <= LIKE_ADAM
 
 
@@ -620,7 +621,7 @@ def test_all_optimizers_of_optax_except_adams_are_refused():
     ids=["shape", "name", "more"],
 )
 def test_to_optax_refuses_parameters_that_the_state_does_not_belong_to(params, message):
-    """What a target says is compared by the paths of the parameters: of others nothing would be."""
+    """Leaves are compared by the paths of the parameters. With other paths nothing would be."""
     own, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE)
     with pytest.raises(ValueError, match=message):
         convert.to_optax(tx.init(own), tx, jax.tree.map(jnp.asarray, params), OPTAX_ADAM)
@@ -653,7 +654,7 @@ def test_a_state_in_one_vector_is_split_as_the_error_says():
 
 
 def test_the_order_of_a_named_chain_is_not_guessed():
-    """JAX sorts the names, so rules of one leaf could take each other's moments."""
+    """JAX sorts the names, so rules of one leaf could get each other's moments."""
     params = {"w": jnp.ones(3)}
     first, second = optax.scale_by_adam(), optax.scale_by_adam(0.5, 0.9)
     named = optax.named_chain(("z", first), ("a", second), ("lr", optax.scale(-0.1)))
@@ -678,7 +679,7 @@ def test_states_of_optax_in_a_dictionary_have_no_order():
     one = adamjax.chain(adam_like_optax(), reduce_on_plateau(0.5))
     ours = adamjax.partition([("^a", one)], default=one)
     old = state_after(theirs, 2, value=1.0)
-    state = convert.from_optax(old, ours, TWO_LEAVES, check=False)  # both are the same
+    state = convert.from_optax(old, ours, TWO_LEAVES, check=False)  # both parts have the same state
     z = old.inner_states["z"]
     z = z._replace(inner_state=(z.inner_state[0], z.inner_state[1]._replace(scale=jnp.array(0.1))))
     other = old._replace(inner_states={**old.inner_states, "z": z})
@@ -725,9 +726,9 @@ def test_arguments_in_another_order_are_refused_by_name():
 
 def test_an_optimizer_that_did_not_make_the_state_is_refused():
     state, ours = optax.adam(0.1).init(TWO_LEAVES), adam_like_optax()
-    for none in (0.1, {}):
+    for invalid in (0.1, {}):
         with pytest.raises(TypeError, match=r"optimizer is .*, expected the transform of optax"):
-            convert.from_optax(state, ours, TWO_LEAVES, optimizer=none)
+            convert.from_optax(state, ours, TWO_LEAVES, optimizer=invalid)
     for other in (optax.adam(HALVING), multi_steps(optax.adam(0.1), 2), optax.sgd(0.1)):
         with pytest.raises(ValueError, match=r"another structure than optimizer\.init"):
             convert.from_optax(state, ours, TWO_LEAVES, optimizer=other)

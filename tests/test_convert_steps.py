@@ -1,4 +1,4 @@
-"""`from_optax` and `to_optax` compare the steps of both optimizers: what shows, false alarms."""
+"""`from_optax` and `to_optax` compare steps: differences are refused, without false alarms."""
 
 import functools
 import textwrap
@@ -82,23 +82,23 @@ class CallsState(NamedTuple):
     num_calls: Any
 
 
-def drops_after_calls(calls, state_with=CallsState):
-    """A transform of another library with a counter of its own."""
+def drops_after_calls(calls, make_state=CallsState):
+    """Another library's transform, whose own counter makes updates smaller after some calls."""
 
     def init(params):
-        return state_with(jnp.zeros((), jnp.int32))
+        return make_state(jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None):
         (num_calls,) = jax.tree.leaves(state)
         factor = jnp.where(num_calls < calls, 1.0, 0.1)
         updates = jax.tree.map(lambda u: factor * u, updates)
-        return updates, state_with(num_calls + 1)
+        return updates, make_state(num_calls + 1)
 
     return optax.GradientTransformation(init, update)
 
 
 def adam_with_rate_by_its_count(schedule):
-    """Adam with a rate that it computes from the count of its moments."""
+    """optax' Adam with a rate that it computes from the count of its moments."""
     adam = optax.scale_by_adam()
 
     def update(updates, state, params=None):
@@ -130,7 +130,7 @@ def nearly_stops(count):
 # --- states and steps that differ -----------------------------------------------------------------
 
 
-# For each: the transform of optax, that of adamjax, the steps before, and the error.
+# For each case: the transforms of optax and adamjax, the steps before the conversion, the error.
 CONTINUES_DIFFERENTLY = {
     "nested accumulation": (
         nested_multi_steps(optax.adam(0.1), 2, 2),
@@ -156,13 +156,13 @@ CONTINUES_DIFFERENTLY = {
         2,
         "is around transforms of adamjax",
     ),
-    "hidden rules, a rate": (
+    "another rate of a rule inside optax.chain": (
         INJECT(optax.adam)(learning_rate=0.1, b1=0.5),
         optax.chain(adamjax.clip_by_value(9.0), adam_like_optax(0.2)),
         2,
         STEPS_DIFFER,
     ),
-    "hidden rules, a schedule": (
+    "a schedule of a rule inside optax.chain": (
         optax.adam(HALVING),
         optax.chain(adamjax.scale_by_adam(eps=1e-8), adamjax.scale_by_learning_rate(0.1)),
         2,
@@ -305,7 +305,7 @@ CONTINUES_DIFFERENTLY = {
         2,
         STEPS_DIFFER,
     ),
-    "one schedule for two": (
+    "two schedules in place of one": (
         optax.adam(HALVING),
         adamjax.chain(
             adam_like_optax(HALVING), adamjax.scale(-1.0), adamjax.scale_by_learning_rate(HALVING)
@@ -323,7 +323,7 @@ CONTINUES_DIFFERENTLY = {
         2,
         STEPS_DIFFER,
     ),
-    "a raw gradient": (
+    "a raw gradient of one leaf": (
         optax.chain(
             optax.masked(optax.scale_by_adam(), {"a": True, "b": False}), INJECTED_RATE(0.1)
         ),
@@ -369,7 +369,7 @@ CONTINUES_DIFFERENTLY = {
         2,
         "tx skips steps of the leaf 'b' .*optax does not: remove skip_not_finite",
     ),
-    "steps that a schedule counts though they are skipped": (
+    "skipped steps that a schedule counts": (
         optax.chain(
             optax.apply_if_finite(optax.scale_by_adam(), 3), optax.scale_by_learning_rate(HALVING)
         ),
@@ -426,10 +426,10 @@ CONTINUES_DIFFERENTLY = {
 
 
 def skip_without_schedules_of_decay(case):
-    """Older versions of optax take no schedule of a weight decay, outside of inject_hyperparams."""
+    """In older versions of optax, only inject_hyperparams takes a schedule of a weight decay."""
     if case in ("a decay's schedule before the rule", "a decay with a schedule"):
-        one = optax.add_decayed_weights(HALVING)
-        if not jax.tree.leaves(one.init(TWO_LEAVES)):
+        decay = optax.add_decayed_weights(HALVING)
+        if not jax.tree.leaves(decay.init(TWO_LEAVES)):
             pytest.skip("this version of optax takes no schedule of a weight decay")
 
 
@@ -448,7 +448,7 @@ def like_clipped_except(**changes):
     return adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.adamw(0.1, **fields))
 
 
-# What no state shows.
+# Transforms that differ from LIKE_CLIPPED in what no state shows.
 DIFFERENT_STEPS = {
     "epsilon": like_clipped_except(eps=1e-7),
     "decay": like_clipped_except(weight_decay=2e-4),
@@ -480,8 +480,8 @@ def test_differences_that_no_state_shows_are_refused(name):
         convert.to_optax(state_after(tx, 3), tx, TWO_LEAVES, CLIPPED)
 
 
-# For each: the transform of optax, that of adamjax, and the steps before. Nothing in the states
-# shows the difference, or only to who knows the order.
+# For each case: the transforms of optax and adamjax. Their states do not show the difference, or
+# show it only if the order of the transforms is known.
 DIFFERENT_LATER_STEPS = {
     "micro-batches are clipped": (
         optax.chain(optax.clip_by_global_norm(1.0), multi_steps(optax.adam(0.1), 2)),
@@ -489,7 +489,7 @@ DIFFERENT_LATER_STEPS = {
             adamjax.chain(adamjax.clip_by_global_norm(1.0), adam_like_optax()), 2
         ),
     ),
-    "their mean is clipped": (
+    "means of micro-batches are clipped": (
         multi_steps(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)), 2),
         adamjax.chain(
             adamjax.clip_by_global_norm(1.0), adamjax.accumulate_gradients(adam_like_optax(), 2)
@@ -516,11 +516,11 @@ DIFFERENT_LATER_STEPS = {
             adam_like_optax(HALVING),
         ),
     ),
-    "the end of a function": (
+    "a drop of a schedule at another count": (
         optax.adam(optax.piecewise_constant_schedule(0.1, {100: 0.1})),
         adam_like_optax(optax.piecewise_constant_schedule(0.1, {90: 0.1})),
     ),
-    "a few steps": (
+    "a rate of 0 in a few steps": (
         optax.adam(lambda count: jnp.where((count > 22) & (count < 27), 0.0, 0.1)),
         adam_like_optax(),
     ),
@@ -565,7 +565,7 @@ DIFFERENT_LATER_STEPS = {
             default=adamjax.chain(adamjax.clip_by_global_norm(20.0), adam_like_optax()),
         ),
     ),
-    "a condition": (
+    "a condition on the step": (
         optax.chain(
             optax.conditionally_transform(optax.clip(0.1), lambda step: step < 50), optax.adam(0.1)
         ),
@@ -580,7 +580,7 @@ DIFFERENT_LATER_STEPS = {
             adamjax.chain(optax.contrib.normalize(), adam_like_optax()), 4
         ),
     ),
-    "their mean is normalized": (
+    "means of micro-batches are normalized": (
         multi_steps(optax.chain(optax.contrib.normalize(), optax.adam(0.1)), 4),
         adamjax.chain(
             optax.contrib.normalize(), adamjax.accumulate_gradients(adam_like_optax(), 4)
@@ -621,7 +621,7 @@ DIFFERENT_LATER_STEPS = {
         optax.chain(optax.zero_nans(), multi_steps(optax.adam(0.1), 4)),
         adamjax.accumulate_gradients(adamjax.chain(optax.zero_nans(), adam_like_optax()), 4),
     ),
-    "skips of other leaves": (
+    "steps skipped because of other leaves": (
         optax.multi_transform(
             {"x": optax.apply_if_finite(optax.adam(0.1), 9)}, {"a": "x", "b": "x"}
         ),
@@ -630,11 +630,11 @@ DIFFERENT_LATER_STEPS = {
             default=adamjax.skip_not_finite(adam_like_optax()),
         ),
     ),
-    "an infinite gradient is clipped first": (
+    "infinite gradients are clipped or skipped": (
         optax.chain(optax.clip(1.0), optax.apply_if_finite(optax.adam(0.1), 9)),
         adamjax.skip_not_finite(adamjax.chain(adamjax.clip_by_value(1.0), adam_like_optax())),
     ),
-    "a counter of another name": (
+    "a counter of another library": (
         optax.chain(optax.adam(0.1), drops_after_calls(50)),
         adamjax.chain(adam_like_optax(), drops_after_calls(90)),
     ),
@@ -833,7 +833,7 @@ SAME_STEPS = {
         optax.multi_transform({"x": optax.sgd(0.0), "y": optax.adam(0.1)}, LABELS),
         adamjax.partition([("a", adamjax.set_to_zero())], default=adam_like_optax()),
     ),
-    "steps that are skipped here only": (
+    "steps that only adamjax skips": (
         optax.adam(0.1),
         adamjax.skip_not_finite(adam_like_optax()),
     ),
@@ -854,11 +854,14 @@ SAME_STEPS = {
         multi_steps(CLIPPED, 16),
         adamjax.accumulate_gradients(LIKE_CLIPPED, 16),
     ),
-    "exact rows": (
+    "exact_rows": (
         optax.adamw(0.1, weight_decay=0.1),
         adamjax.exact_rows(adamjax.adamw(0.1, eps=1e-8, weight_decay=0.1), "b"),
     ),
-    "optax' optimizer as a class": (optax.MultiSteps(CLIPPED, 2), None),
+    "MultiSteps itself": (
+        optax.MultiSteps(CLIPPED, 2),
+        adamjax.accumulate_gradients(LIKE_CLIPPED, 2),
+    ),
     "a schedule of a part without a rule": (
         optax.multi_transform({"x": optax.adam(0.1), "y": optax.sgd(DROP_AT_64)}, LABELS),
         adamjax.partition(
@@ -898,7 +901,7 @@ SAME_STEPS = {
             adamjax.scale_by_learning_rate(DROP_AT_64),
         ),
     ),
-    "names of other transforms": (
+    "an injected adaptive clip": (
         optax.chain(INJECT(optax.adaptive_grad_clip)(0.1), optax.adam(0.1)),
         adamjax.chain(optax.adaptive_grad_clip(0.1), adam_like_optax()),
     ),
@@ -944,9 +947,8 @@ SAME_STEPS = {
 @pytest.mark.parametrize("name", SAME_STEPS)
 def test_an_optimizer_that_takes_the_same_steps_is_accepted(name):
     theirs, ours = SAME_STEPS[name]
-    ours = adamjax.accumulate_gradients(LIKE_CLIPPED, 2) if ours is None else ours
     state = convert.from_optax(state_after(theirs, 5), ours, TWO_LEAVES, optimizer=theirs)
-    if name != "exact rows":
+    if name != "exact_rows":
         convert.to_optax(state, ours, TWO_LEAVES, theirs)
 
 
@@ -997,7 +999,7 @@ def test_many_micro_batches_and_large_gradients_are_compared_too():
     old = theirs.update(large, theirs.init(TWO_LEAVES), TWO_LEAVES)[1]
     with pytest.raises(ValueError, match=STEPS_DIFFER):
         convert.from_optax(old, adam_like_optax(), TWO_LEAVES, optimizer=theirs)
-    # A large decay hides nothing of the rule.
+    # A large decay does not hide another b1.
     theirs = optax.adamw(0.1, weight_decay=1.0)
     ours = adamjax.adamw(0.1, 0.92, eps=1e-8, weight_decay=1.0)
     with pytest.raises(ValueError, match=STEPS_DIFFER):
@@ -1083,8 +1085,8 @@ def test_max_rows_of_an_accumulation_is_compared_without_row_gradients(exact):
 # --- epsilons, decays and clips -------------------------------------------------------------------
 
 
-def state_of_rare_rows(theirs, params, steps):
-    """A state after gradients of which each row's are 10 times as small as those of the last."""
+def state_of_small_rows(theirs, params, steps):
+    """A state after gradients that are 10 times as small in each row as in the row before."""
     sizes = 10.0 ** -jnp.arange(len(params["table"]))[:, None]
 
     def step(i, state):
@@ -1102,12 +1104,13 @@ def test_an_epsilon_that_matters_for_rows_with_small_gradients_only_is_compared(
     theirs, ours, steps
 ):
     params = {"table": jnp.ones((8, 4))}
-    old = state_of_rare_rows(theirs(0.01), params, steps)
+    old = state_of_small_rows(theirs(0.01), params, steps)
     convert.from_optax(old, ours(0.01, eps=1e-8), params, optimizer=theirs(0.01))
     with pytest.raises(ValueError, match=STEPS_DIFFER):
         convert.from_optax(old, ours(0.01, eps=1e-7), params, optimizer=theirs(0.01))
 
 
+# For each case: the transform of optax, and a function of epsilon that makes that of adamjax.
 RULES_BY_EPSILON = {
     "nadam": (optax.nadam(0.01), lambda eps: adamjax.nadam(0.01, eps=eps)),
     "adamax": (optax.adamax(0.01), lambda eps: adamjax.adamax(0.01, eps=eps)),
@@ -1184,7 +1187,7 @@ def test_a_b2_near_1_is_no_false_alarm():
     other = adamjax.adam(0.01, b2=0.99998, eps=1e-8)
     with pytest.raises(ValueError, match=STEPS_DIFFER):
         convert.from_optax(state_after(theirs, 30), other, TWO_LEAVES, optimizer=theirs)
-    # However near, a rate that is off by 1% is seen.
+    # With a b2 even nearer to 1, a rate that is off by 1% is refused.
     theirs, ours = optax.adam(0.01, b2=0.9999999), adamjax.adam(0.0101, b2=0.9999999, eps=1e-8)
     with pytest.raises(ValueError, match=STEPS_DIFFER):
         convert.from_optax(state_after(theirs, 30), ours, TWO_LEAVES, optimizer=theirs)
@@ -1285,7 +1288,7 @@ def test_a_linear_schedule_near_its_end_is_no_false_alarm(warmup):
 
 @pytest.mark.parametrize("count", [200, pytest.param(250, marks=pytest.mark.slow)])
 def test_a_momentum_after_the_end_of_a_linear_schedule_is_no_false_alarm(count):
-    # The schedule of optax, compiled, ends at some 1e-7 of its first rate in place of 0.
+    # When compiled, the schedule of optax ends at some 1e-7 of its first rate, not at 0.
     theirs = optax.adam(optax.linear_schedule(1e-3, 0.0, 200))
     ours = adam_like_optax(adamjax.polynomial_decay(1e-3, 200, 0.0))
     old = jax.tree.map(
@@ -1294,9 +1297,9 @@ def test_a_momentum_after_the_end_of_a_linear_schedule_is_no_false_alarm(count):
     convert.from_optax(old, ours, TWO_LEAVES, theirs)
 
 
-@pytest.mark.parametrize("least", [0.0, pytest.param(1e-8, marks=pytest.mark.slow)])
-def test_what_a_warmup_hides_in_its_first_step_is_compared_later(least):
-    rate = optax.warmup_cosine_decay_schedule(least, 0.01, 100, 1_000)
+@pytest.mark.parametrize("first_rate", [0.0, pytest.param(1e-8, marks=pytest.mark.slow)])
+def test_what_a_warmup_hides_in_its_first_step_is_compared_later(first_rate):
+    rate = optax.warmup_cosine_decay_schedule(first_rate, 0.01, 100, 1_000)
     theirs = optax.adam(rate, eps=1e-9)
     old = theirs.init(TWO_LEAVES)
     convert.from_optax(old, adamjax.adam(rate, eps=1e-9), TWO_LEAVES, theirs)
@@ -1324,7 +1327,7 @@ def test_optimizers_with_a_rate_of_0_that_is_set_later_are_compared():
     )
     with pytest.raises(ValueError, match=message):
         convert.from_optax(old, adamjax.adamw(0.0, eps=1e-8, weight_decay=0.1), TWO_LEAVES, theirs)
-    # Leaves that stay frozen in both are as they were.
+    # Leaves that a rate of 0 freezes in both optimizers are accepted.
     frozen = optax.adam(0.0)
     convert.from_optax(state_after(frozen, 3), adam_like_optax(0.0), TWO_LEAVES, frozen)
 
@@ -1337,6 +1340,8 @@ def with_injected_zeros(make):
 LATER_FACTOR = optax.scale_by_schedule(lambda count: jnp.where(count < 500, 1.0, 0.1))
 
 
+# For each case: the transform of optax, a function that makes that of adamjax, the arguments with
+# which both take the same steps, and the hyperparameters that are 0 in the state.
 HIDDEN_BY_ZEROS = {
     "a mask": (
         with_injected_zeros(
@@ -1438,12 +1443,12 @@ def test_a_row_without_a_gradient_after_the_first_step_is_compared():
 def test_the_update_of_many_leaves_is_traced_once():
     params = {str(i): jnp.ones(4) for i in range(40)}
     theirs, ours = optax.adam(LINEAR_TO_0), adam_like_optax(LINEAR_TO_0)
-    calls = []
+    traces = []
     counted = optax.GradientTransformation(
-        theirs.init, lambda *args: (calls.append(0), theirs.update(*args))[1]
+        theirs.init, lambda *args: (traces.append(0), theirs.update(*args))[1]
     )
     convert.from_optax(theirs.init(params), ours, params, optimizer=counted)
-    assert len(calls) == 1  # it is traced, and compiled, once
+    assert len(traces) == 1
 
 
 MANY_LEAVES = {**{f"layer_{i}": jnp.ones(2) for i in range(40)}, "scale": jnp.ones(())}
@@ -1475,7 +1480,7 @@ def test_one_of_many_leaves_that_affects_the_others_is_compared(what):
 
 
 def test_scalars_with_narrow_momentum_are_no_false_alarm():
-    """Their m may nearly cancel, and is rounded as coarsely as before."""
+    """The gradients in m may nearly cancel, and then its rounding errors are relatively large."""
     params = {"w": jnp.ones((16, 16)), "temperature": jnp.ones(())}
     theirs = optax.adam(0.01, mu_dtype=jnp.bfloat16)
     ours = adamjax.adam(0.01, eps=1e-8, m_dtype="bfloat16")
@@ -1519,7 +1524,7 @@ def test_a_scalar_whose_decay_and_momentum_nearly_cancel_is_no_false_alarm(dtype
         "b": {"kernel": normal(5, 2), "bias": jnp.zeros(2)},
         "logit_scale": jnp.ones(()),
     }
-    # With the first decay, float32 updates cancel, with the second those of bfloat16 momentum.
+    # Updates nearly cancel with the first decay for float32 momentum, with the second for bfloat16.
     for decay in (5.01e-4, 1e-3):
         theirs = optax.adamw(1e-3, mu_dtype=dtype, weight_decay=decay)
         ours = adamjax.adamw(1e-3, eps=1e-8, m_dtype=dtype, weight_decay=decay)
@@ -1620,7 +1625,7 @@ def test_wide_weights_with_narrow_moments_are_compared_closely(steps):
 
 def test_hyperparameters_that_optax_rounds_are_compared_less_closely():
     params = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones((2, 3))}
-    # All updates are multiplied by a rate of the first leaf's dtype, 0.1001.
+    # optax multiplies all updates by a rate in the dtype of the first leaf, 0.1001 in bfloat16.
     theirs = optax.chain(optax.scale_by_adam(), INJECTED_RATE(0.1))
     narrow = {**params, "b": jnp.ones((2, 3), jnp.bfloat16)}
     for one in (params, narrow):
@@ -1644,15 +1649,15 @@ def test_a_mask_that_depends_on_the_dtypes_of_leaves_is_compared():
 # --- large leaves ---------------------------------------------------------------------------------
 
 
-# One of these has a weak type.
+# `table` has a weak type.
 LARGE = {"table": jnp.full((9_000, 8), 1.0), "rows": jnp.ones((8_000, 9)), "b": jnp.ones(3)}
 
 
 def sampled_rows(theirs, ours, params):
-    """How many rows of `LARGE` take all steps that are compared; `None` if all rows do."""
+    """The number of sampled rows of each leaf, by path; `None` if whole leaves take all steps."""
     state = initial_state("test", ours, params)
-    some = sampled(state, theirs, theirs.init(params))
-    return None if some is None else [len(p) for p in some[0].params.values()]
+    sample = sampled(state, theirs, theirs.init(params))
+    return None if sample is None else [len(p) for p in sample[0].params.values()]
 
 
 def test_a_sample_of_the_rows_of_large_leaves_is_compared():
@@ -1663,7 +1668,7 @@ def test_a_sample_of_the_rows_of_large_leaves_is_compared():
         rule = adamjax.adamw(0.01, eps=eps, weight_decay=0.3)
         return adamjax.chain(adamjax.clip_by_global_norm(1.0), adamjax.exact_rows(rule, tables))
 
-    # Leaves of different shapes keep different shapes, and their sizes stay in order.
+    # Leaves of different shapes have samples of different shapes.
     assert sampled_rows(theirs, ours(1e-8), LARGE) == [3, 1_822, 2_049]
     old = state_after(theirs, 2, LARGE)
     state = convert.from_optax(old, ours(1e-8), LARGE, theirs)
@@ -1678,8 +1683,8 @@ def test_a_sample_of_the_rows_of_large_leaves_is_compared():
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_one_row_of_a_large_leaf_that_only_one_optimizer_moves_is_refused(steps):
-    padding = optax.stateless(lambda u, p=None: {**u, "table": u["table"].at[7_777].set(0)})
-    theirs, ours = optax.chain(optax.adam(0.1), padding), adam_like_optax()
+    freeze_row = optax.stateless(lambda u, p=None: {**u, "table": u["table"].at[7_777].set(0)})
+    theirs, ours = optax.chain(optax.adam(0.1), freeze_row), adam_like_optax()
     if steps > 1:
         theirs = multi_steps(theirs, steps)
         ours = adamjax.accumulate_gradients(ours, steps)
@@ -1691,7 +1696,7 @@ def test_one_row_of_a_large_leaf_that_only_one_optimizer_moves_is_refused(steps)
 SGDR_PERIOD = {"init_value": 0.0, "peak_value": 0.1, "warmup_steps": 2, "decay_steps": 6}
 
 
-# Rates of 0 in the next step, and the steps that have been taken.
+# For each case: a schedule (or None for a rate in the state), and the steps before the conversion.
 NEXT_RATE_IS_0 = {
     "a warm-up": (optax.linear_schedule(0.0, 0.1, 9), 0),
     "a restart": (optax.sgdr_schedule([SGDR_PERIOD, SGDR_PERIOD]), 6),
@@ -1703,11 +1708,10 @@ NEXT_RATE_IS_0 = {
 def test_one_row_that_only_one_optimizer_moves_is_refused_even_if_the_next_rate_is_0(name):
     rate, steps = NEXT_RATE_IS_0[name]
 
-    def without_padding(g, p=None):
+    def without_row(g, p=None):
         return {**g, "table": g["table"].at[8_990].set(0)}
 
-    padding = optax.stateless(without_padding)
-    for before, is_right in (([], True), ([padding], False)):
+    for before, is_right in (([], True), ([optax.stateless(without_row)], False)):
         if rate is None:
             ours = adamjax.with_hyperparams(adam_like_optax(0.0), learning_rate=0.0)
             theirs = optax.inject_hyperparams(
@@ -1721,9 +1725,9 @@ def test_one_row_that_only_one_optimizer_moves_is_refused_even_if_the_next_rate_
             convert.from_optax(state_after(theirs, steps, LARGE), ours, LARGE, theirs)
 
 
-@pytest.mark.parametrize("of_leaf", ["mask", "rate"])
-def test_all_rows_are_compared_if_steps_depend_on_the_number_of_rows(of_leaf):
-    if of_leaf == "mask":
+@pytest.mark.parametrize("what", ["mask", "rate"])
+def test_all_rows_are_compared_if_steps_depend_on_the_number_of_rows(what):
+    if what == "mask":
         is_small = functools.partial(jax.tree.map, lambda p: p.size < 72_000)
         theirs = optax.adamw(0.01, weight_decay=0.3, mask=is_small)
         right = adamjax.adamw(0.01, eps=1e-8, weight_decay=0.3, mask="^b$")
@@ -1740,9 +1744,9 @@ def test_all_rows_are_compared_if_steps_depend_on_the_number_of_rows(of_leaf):
         convert.from_optax(old, wrong, LARGE, theirs)
 
 
-@pytest.mark.parametrize("ours_schedule", [True, False])
-def test_all_rows_are_compared_if_steps_depend_on_the_positions_of_rows(ours_schedule):
-    """A sample could have rows of one kind only, and these might never move."""
+@pytest.mark.parametrize("has_schedule", [True, False])
+def test_all_rows_are_compared_if_steps_depend_on_the_positions_of_rows(has_schedule):
+    """A sample might have frozen rows only."""
 
     def old_rows_frozen(u, p=None):
         is_old = (jnp.arange(len(u["table"])) < 8_990)[:, None]
@@ -1750,9 +1754,9 @@ def test_all_rows_are_compared_if_steps_depend_on_the_positions_of_rows(ours_sch
 
     frozen, rate = optax.stateless(old_rows_frozen), optax.cosine_decay_schedule(0.1, 100)
     theirs = optax.chain(optax.adam(rate), frozen)
-    ours = adamjax.chain(adam_like_optax(rate if ours_schedule else 0.1), frozen)
+    ours = adamjax.chain(adam_like_optax(rate if has_schedule else 0.1), frozen)
     assert sampled_rows(theirs, ours, LARGE) is None
-    with nullcontext() if ours_schedule else pytest.raises(ValueError, match=STEPS_DIFFER):
+    with nullcontext() if has_schedule else pytest.raises(ValueError, match=STEPS_DIFFER):
         convert.from_optax(theirs.init(LARGE), ours, LARGE, theirs)
 
 
