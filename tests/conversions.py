@@ -360,6 +360,7 @@ KERAS_RULE = adamjax.scale_by_adam(eps_hat=1e-7)
 
 
 def keras_optimizer(keras, count=0, cls="Adam", variables=None, **options):
+    """A new Keras optimizer whose iteration is `count`."""
     optimizer = getattr(keras.optimizers, cls)(0.1, **options)
     optimizer.build(variables or [keras.Variable(np.ones(3), name=name) for name in ("v0", "v1")])
     optimizer._iterations.assign(count)

@@ -35,6 +35,7 @@ from adamjax import convert
 # --- runs that change their optimizer -------------------------------------------------------------
 
 
+# For each case, functions that make an optimizer of Keras and the transform of adamjax.
 KERAS_AND_ADAMJAX = {
     "adam": (lambda k: k.Adam(RATE), lambda: adamjax.adam(RATE)),
     "adam, an epsilon that matters": (
@@ -98,7 +99,7 @@ KERAS_AND_ADAMJAX = {
 
 
 class KerasRun:
-    """A Keras optimizer with its variables."""
+    """A Keras optimizer and the model variables that it trains."""
 
     def __init__(self, keras, make, params):
         self.optimizer = make(keras.optimizers)
@@ -110,33 +111,32 @@ class KerasRun:
         self.optimizer.build(self.variables)
         self.step = jax.jit(self._step)
 
-    def _step(self, kept, params, n):
-        grads = jax.tree.map(gradient, self.treedef.unflatten(params), n)
-        return self.optimizer.stateless_apply(kept, jax.tree.leaves(grads), params)
+    def _step(self, values, params, noise):
+        grads = jax.tree.map(gradient, self.treedef.unflatten(params), noise)
+        return self.optimizer.stateless_apply(values, jax.tree.leaves(grads), params)
 
     @property
     def params(self):
         return self.treedef.unflatten([jnp.asarray(v.value) for v in self.variables])
 
     def run(self, noises):
-        kept = [v.value for v in self.optimizer.variables]
+        values = [v.value for v in self.optimizer.variables]
         params, trajectory = [v.value for v in self.variables], []
         for n in noises:
-            params, kept = self.step(kept, params, n)
+            params, values = self.step(values, params, n)
             trajectory.append(self.treedef.unflatten(params))
-        self.load(self.treedef.unflatten(params), kept)
+        self.load(self.treedef.unflatten(params), values)
         return trajectory
 
-    def load(self, params, kept):
-        pairs = [(self.variables, jax.tree.leaves(params)), (self.optimizer.variables, kept)]
-        for variables, values in pairs:
-            for variable, value in zip(variables, values, strict=True):
-                variable.assign(value)
+    def load(self, params, values):
+        variables = [*self.variables, *self.optimizer.variables]
+        for variable, value in zip(variables, [*jax.tree.leaves(params), *values], strict=True):
+            variable.assign(value)
 
     @property
     def average(self):
-        found = [v.value for v in self.optimizer.variables if v.path.endswith("_average")]
-        return self.treedef.unflatten(found) if found else None
+        averages = [v.value for v in self.optimizer.variables if v.path.endswith("_average")]
+        return self.treedef.unflatten(averages) if averages else None
 
 
 @pytest.mark.parametrize("name", KERAS_AND_ADAMJAX)
@@ -155,7 +155,7 @@ def test_runs_continue_from_keras_and_in_keras(name, keras, x64):
 
     (*_, middle), state = run_adamjax(ours, params, ours.init(params), noises[:STEPS_BEFORE])
     expected, after = run_adamjax(ours, middle, state, noises[STEPS_BEFORE:])
-    # What the run before has left in the optimizer is all replaced.
+    # `load` replaces all that the run above has left in the optimizer.
     theirs.load(middle, convert.to_keras(state, ours, middle, theirs.optimizer.variables))
     actual = theirs.run(noises[STEPS_BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
@@ -187,6 +187,7 @@ def test_a_run_of_keras_continues_in_exact_rows(keras, x64):
 # --- forms of variables ---------------------------------------------------------------------------
 
 
+# Roles of variables in Keras 3 and in tf_keras.
 TF_KERAS_SLOTS = {
     "momentum": "m",
     "velocity": "v",
@@ -197,26 +198,26 @@ TF_KERAS_SLOTS = {
 
 
 def tf_keras_name(path):
-    """As tf_keras names the variable that Keras 3 names so."""
-    for theirs, short in TF_KERAS_SLOTS.items():
-        if path.endswith(f"_{theirs}"):
-            owner, leaf = path.removesuffix(f"_{theirs}").split("/")
-            return f"{owner}/{short}/{leaf}/kernel:0"
+    """tf_keras' name of the variable that has this path in Keras 3."""
+    for role, tf_role in TF_KERAS_SLOTS.items():
+        if path.endswith(f"_{role}"):
+            optimizer, leaf = path.removesuffix(f"_{role}").split("/")
+            return f"{optimizer}/{tf_role}/{leaf}/kernel:0"
     return path.split("/")[-1] + ":0"
 
 
 def legacy_name(path):
-    """As TensorFlow before 2.11 does."""
+    """Its name before TensorFlow 2.11."""
     name = tf_keras_name(path)
-    owner, *rest = name.removesuffix(":0").split("/")
+    optimizer, *rest = name.removesuffix(":0").split("/")
     if not rest:
-        return f"Adam/{'iter' if owner == 'iteration' else owner}:0"
+        return f"Adam/{'iter' if optimizer == 'iteration' else optimizer}:0"
     slot, *leaf = rest
-    adamax = owner.startswith("adamax")
-    return "/".join(["Adamax" if adamax else "Adam", *leaf, "v" if slot == "u" else slot]) + ":0"
+    prefix = "Adamax" if optimizer.startswith("adamax") else "Adam"
+    return "/".join([prefix, *leaf, "v" if slot == "u" else slot]) + ":0"
 
 
-# Keras' own: it does not know the `copy` of newer NumPys.
+# The __array__ of Keras' variables has no argument `copy`, which newer releases of NumPy pass.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", ["adam", "amsgrad", "adamax", "amsgrad, average"])
 def test_every_form_of_keras_variables_gives_the_same_state(name, keras, x64):
@@ -239,11 +240,11 @@ def test_every_form_of_keras_variables_gives_the_same_state(name, keras, x64):
     }
     if "average" not in name:
         roles = ("iteration", "momentum", "velocity", "norm", "velocity_hat")
-        kept = [(legacy_name(p), x) for r in roles for p, x in pairs if p.endswith(r)]
-        forms |= {"legacy": kept, "get_weights": [x for _, x in kept]}
-    for form, given in forms.items():
+        legacy = [(legacy_name(p), x) for r in roles for p, x in pairs if p.endswith(r)]
+        forms |= {"legacy": legacy, "get_weights": [x for _, x in legacy]}
+    for form, old in forms.items():
         print(form)
-        assert_same(convert.from_keras(given, ours, params), expected)
+        assert_same(convert.from_keras(old, ours, params), expected)
     values = convert.to_keras(expected, ours, params, stored)
     assert list(values) == list(stored)
     assert_same(list(values.values()), list(stored.values()))
@@ -259,7 +260,7 @@ def test_arrays_are_ordered_by_the_numbers_of_savez():
 
 
 def test_names_of_keras_may_be_bytes():
-    """As in the attributes of a `.h5` file."""
+    """h5py reads the names in a `.h5` file as bytes."""
     tx, params = adamjax.adam(0.1), {"w": jnp.zeros(2)}
     expected = convert.from_keras(NAMED_VARIABLES, tx, params)
     for variables in (
@@ -340,19 +341,19 @@ def layer_params(names):
 
 
 def test_variables_of_keras_are_matched_by_their_names():
-    """A dictionary has dense_10 before dense_2."""
+    """JAX sorts the keys of a dictionary: dense_10 comes before dense_2."""
     params, tx = layer_params(LAYERS), adamjax.adam(RATE)
     pairs = keras_variables_named([f"sequential_{name}_kernel" for name in LAYERS])
     expected = {n: {"kernel": jnp.full(2, i + 1.0)} for i, n in enumerate(LAYERS)}
-    # In the order of the slots, and of the variables sorted by name, too.
+    # Names decide, also if the variables come slot by slot or are sorted by name.
     by_slot = sorted(pairs, key=lambda pair: pair[0].rsplit("_", 1)[-1])
-    for given in (pairs, by_slot, sorted(pairs), dict(pairs)):
-        state = convert.from_keras(given, tx, params)
+    for old in (pairs, by_slot, sorted(pairs), dict(pairs)):
+        state = convert.from_keras(old, tx, params)
         assert_same(adamjax.get_slot(state, "m"), expected)
         assert_same(adamjax.get_slot(state, "v"), expected)
     values = convert.to_keras(state, tx, params, pairs)
     assert_same(values[2:], [x for _, x in pairs[2:]])
-    # A list says no names: it is taken in its order.
+    # The leaves of a list have no names: they are matched in order.
     state = convert.from_keras(pairs, tx, [jnp.zeros(2)] * len(LAYERS))
     assert_same(adamjax.get_slot(state, "m"), [x["kernel"] for x in expected.values()])
     order = [f"{name}/kernel" for name in LAYERS]
@@ -398,11 +399,13 @@ def test_names_of_keras_that_were_sorted_give_no_order(variables, fault):
     tx = adamjax.adam(RATE)
     value_of = dict(variables)
     names = [key[5:].removesuffix("_momentum") for key in value_of if "momentum" in key]
-    size = {name: float(value_of[f"adam/{name}_momentum"][0]) for name in names}
+    moment_of = {name: float(value_of[f"adam/{name}_momentum"][0]) for name in names}
     params = {f"l{i}": jnp.zeros(2) for i in range(3)}
     paths = ["l0", "l1", "l2"]
     for tree, order in ((params, paths), (list(params.values()), None)):
-        state = convert.from_keras(keras_variables_named(size), tx, tree, order=order, check=False)
+        state = convert.from_keras(
+            keras_variables_named(moment_of), tx, tree, order=order, check=False
+        )
         for call in (
             lambda tree=tree, order=order: convert.from_keras(variables, tx, tree, order=order),
             lambda state=state, tree=tree, order=order: convert.to_keras(
@@ -414,30 +417,30 @@ def test_names_of_keras_that_were_sorted_give_no_order(variables, fault):
         convert.from_keras(variables, tx, tree, order=order, check=False)
     with pytest.raises(ValueError, match="give order="):
         convert.from_keras(variables, adamjax.masked(tx, "l1"), params, order=[None, "l1", None])
-    # Names decide, in an order or in the leaves.
+    # Names in order=, or the names of the leaves, decide.
     order = dict(zip(names, paths, strict=True))
-    for given in (order, dict(reversed(order.items()))):
-        m = adamjax.get_slot(convert.from_keras(variables, tx, params, order=given), "m")
+    for option in (order, dict(reversed(order.items()))):
+        m = adamjax.get_slot(convert.from_keras(variables, tx, params, order=option), "m")
         assert {path: float(x[0]) for path, x in m.items()} == {
-            path: size[name] for name, path in order.items()
+            path: moment_of[name] for name, path in order.items()
         }
     named = {name: jnp.zeros(2) for name in names}
-    for given in (None, names, {f"model/{name}": name for name in names}):
-        m = adamjax.get_slot(convert.from_keras(variables, tx, named, order=given), "m")
-        assert {name: float(x[0]) for name, x in m.items()} == size
-    for given, message in [
+    for option in (None, names, {f"model/{name}": name for name in names}):
+        m = adamjax.get_slot(convert.from_keras(variables, tx, named, order=option), "m")
+        assert {name: float(x[0]) for name, x in m.items()} == moment_of
+    for option, message in [
         ({"other": "l0", "zeta": "l1", "mid": "l2"}, "order has the names .*do not correspond to"),
         (dict.fromkeys(names, "l0"), "order names the leaf 'l0' more than once"),
         (dict.fromkeys(names, "w"), "order names the leaf 'w', but params has no float leaf"),
     ]:
         with pytest.raises(ValueError, match=message):
-            convert.from_keras(variables, tx, params, order=given)
+            convert.from_keras(variables, tx, params, order=option)
     with pytest.raises(TypeError, match="a list of paths, or a dictionary from names to paths"):
         convert.from_keras(variables, tx, params, order={0: "l0", 1: "l1", 2: "l2"})
 
 
 def test_the_shapes_show_the_order_where_the_names_do_not(keras, x64):
-    """As after a second model in one process, whose layers Keras gives other numbers."""
+    """Keras gives the layers of a second model in one process other numbers."""
     params = {"first/kernel": jnp.ones((2, 3)), "first/bias": jnp.ones(3), "a/kernel": jnp.ones(5)}
     order = ["first/kernel", "first/bias", "a/kernel"]
     variables = [
@@ -469,33 +472,33 @@ def test_arrays_that_may_be_ordered_in_several_ways_are_refused():
 
 
 def test_none_in_an_order_skips_arrays_without_names():
-    """Nothing shows their shapes, but all arrays of a parameter have the same one."""
+    """No leaf shows the shape of a skipped parameter, but its arrays all have the same shape."""
     shapes = [(3, 2), (4,), (), (2, 5)]
     params = {"a": jnp.ones(shapes[0]), "c": jnp.ones(shapes[3])}
     numbered, tx = numbered_keras(shapes), adamjax.adam(RATE)
-    for given in (numbered, list(numbered.values())):
+    for old in (numbered, list(numbered.values())):
         for order in (["a", None, None, "c"], ["a", None, None, None], [None, None, None, "c"]):
             some = {path: params[path] for path in order if path}
-            state = convert.from_keras(given, tx, some, order=order)
+            state = convert.from_keras(old, tx, some, order=order)
             for path in some:
                 place = order.index(path)
                 slot = adamjax.get_slot(state, "v")[path]
                 assert_same(slot, jnp.full(shapes[place], place + 1.0))
-            back = convert.to_keras(state, tx, some, given, order=order)
-            assert_same(back, given)
+            back = convert.to_keras(state, tx, some, old, order=order)
+            assert_same(back, old)
     del numbered["9"]
     with pytest.raises(ValueError, match="9 arrays without names fit nothing"):
         convert.from_keras(numbered, tx, params, order=["a", None, None, "c"])
 
 
 def test_weights_that_are_the_transposes_of_keras_kernels(keras, x64):
-    """As those of Equinox, in an autoencoder: each kernel has the shape of the other weight."""
+    """As in Equinox. In an autoencoder, the encoder's kernel has the shape of another weight."""
     names = ["encoder", "middle", "decoder"]
     shapes = dict(zip(names, [(5, 2), (2, 2), (2, 5)], strict=True))
     params = {name: {"weight": jnp.ones(shape[::-1])} for name, shape in shapes.items()}
     order, tx = [f"{name}/weight" for name in names], adamjax.adam(0.1)
 
-    def turned(path, x):
+    def transpose(path, x):
         return x.T
 
     variables = [keras.Variable(np.ones(shape), name="kernel") for shape in shapes.values()]
@@ -507,13 +510,13 @@ def test_weights_that_are_the_transposes_of_keras_kernels(keras, x64):
     optimizer.apply([keras.ops.convert_to_tensor(x) for x in noises])
     numbered = {str(i): np.asarray(v.value) for i, v in enumerate(optimizer.variables)}
     for old in (optimizer, numbered):
-        for options in ({}, {"adapt": turned}):
+        for options in ({}, {"adapt": transpose}):
             with pytest.raises(ValueError, match="give order="):
                 convert.from_keras(old, tx, params, **options)
-        state = convert.from_keras(old, tx, params, order=order, adapt=turned)
+        state = convert.from_keras(old, tx, params, order=order, adapt=transpose)
         for name, x in zip(names, noises, strict=True):
             assert_close(adamjax.get_slot(state, "m")[name]["weight"], 0.1 * x.T, rtol=1e-6)
-        back = convert.to_keras(state, tx, params, old, order=order, adapt=turned)
+        back = convert.to_keras(state, tx, params, old, order=order, adapt=transpose)
         assert_same(list(back.values() if old is numbered else back), list(numbered.values()))
 
 
@@ -586,7 +589,7 @@ def test_only_adams_of_keras_are_converted(name, named, keras):
     if name in ("Adam", "AdamW", "Adamax", "Nadam"):
         assert int(adamjax.step_count(convert.from_keras(variables, tx, params))) == 2
     elif name in ("Lamb", "Muon") and not named:
-        # Their moments of a vector are Adam's: nothing tells.
+        # Without names, their moments of a vector look like Adam's.
         convert.from_keras(variables, tx, params)
     else:
         with pytest.raises(ValueError, match="from_keras: "):
@@ -594,7 +597,7 @@ def test_only_adams_of_keras_are_converted(name, named, keras):
 
 
 def test_all_optimizers_of_keras_except_adams_are_refused(keras):
-    """Those of future versions too."""
+    """Also those of future releases."""
     accepted, params = set(), {"w": jnp.ones(3)}
     for name, kind in vars(keras.optimizers).items():
         if not isinstance(kind, type) or name in ("Optimizer", "OptimizerMap", "MultiOptimizer"):
@@ -602,22 +605,22 @@ def test_all_optimizers_of_keras_except_adams_are_refused(keras):
         optimizer = kind(keras.optimizers.Adam() if name == "LossScaleOptimizer" else 0.1)
         optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
         txs = (adamjax.adam, adamjax.adamw, adamjax.amsgrad, adamjax.adamax, adamjax.nadam)
-        for given in (optimizer, optimizer.variables):
+        for old in (optimizer, optimizer.variables):
             for tx in txs:
                 try:
-                    convert.from_keras(given, tx(0.1), params)
+                    convert.from_keras(old, tx(0.1), params)
                 except ValueError as error:
                     assert "from_keras: " in str(error)  # noqa: PT017
                 else:
                     accepted.add((name, tx.__name__))
-    # Keras' Adam may have a weight decay too.
+    # The variables of Keras' Adam do not show whether it has a weight decay.
     expected = {("Adam", "adam"), ("Adam", "adamw"), ("AdamW", "adamw")}
     expected |= {("Adamax", "adamax"), ("Nadam", "nadam")}
     assert accepted == expected
 
 
 def test_the_class_of_a_renamed_keras_optimizer_decides(keras):
-    """A name of one's own does not say which optimizer it is of: the optimizer itself does."""
+    """Variables whose names contain a custom name are refused, but the optimizer is accepted."""
     params, tx = {"w": jnp.ones(3)}, adamjax.adam(0.1)
     for kind, options in [("Adam", {}), ("Lamb", {}), ("ScheduleFreeAdamW", {})]:
         optimizer = keras_after_two_steps(keras, kind, name="mine", **options)
@@ -681,7 +684,7 @@ def test_an_error_names_what_is_passed_in_place_of_a_keras_optimizer(keras):
     model.compile(keras.optimizers.Adam(0.1), "mse")
     several = keras_after_two_steps(keras, "Adam")
     several.__class__ = type("MultiOptimizer", (type(several),), {"optimizers": [adam]})
-    for given, message in [
+    for old, message in [
         (
             keras_after_two_steps(keras, "SGD", momentum=0.9),
             r"is a keras.*SGD: expected Keras' Adam",
@@ -693,7 +696,7 @@ def test_an_error_names_what_is_passed_in_place_of_a_keras_optimizer(keras):
         ("model.weights.h5", r"got the path 'model.weights.h5', expected optimizer.variables"),
     ]:
         with pytest.raises((TypeError, ValueError), match=message):
-            convert.from_keras(given, tx, params)
+            convert.from_keras(old, tx, params)
 
 
 def test_a_keras_optimizer_that_is_not_built_is_refused(keras):
@@ -771,7 +774,7 @@ def test_hyperparameters_of_a_keras_optimizer_are_compared_with_tx(keras):
         ({"weight_decay": 0.01}, adamjax.adam(0.1), r"a weight decay of 0.01, tx has 0 before"),
         (
             {"gradient_accumulation_steps": 4},
-            None,
+            adamjax.accumulate_gradients(adamjax.adam(0.1), 2),
             r"has gradient_accumulation_steps=4, and tx accumulates over 2",
         ),
         ({"clipnorm": 0.5}, adamjax.adam(0.1), r"clip_by_norm\(max_norm=0.5\), tx has no clip"),
@@ -843,13 +846,11 @@ def test_hyperparameters_of_a_keras_optimizer_are_compared_with_tx(keras):
         ),
     ]:
         optimizer = keras_after_two_steps(keras, "Adam", **options)
-        tx = tx or adamjax.accumulate_gradients(adamjax.adam(0.1), 2)
         with pytest.raises(ValueError, match=problem):
             convert.from_keras(optimizer, tx, params)
         convert.from_keras(optimizer, tx, params, check=False)
-        if "accumulation" not in problem:  # with other steps the target has no count
-            with pytest.raises(ValueError, match=problem):
-                convert.to_keras(tx.init(params), tx, params, optimizer)
+        with pytest.raises(ValueError, match=problem):
+            convert.to_keras(tx.init(params), tx, params, optimizer)
 
 
 def test_constraints_and_options_that_were_switched_off_are_refused(keras):
@@ -904,10 +905,10 @@ def test_a_global_norm_of_keras_is_that_of_all_leaves(keras):
     ]
     optimizer.build(variables)
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
-    each = clipped_by(adamjax.clip_by_global_norm(0.5))
-    convert.from_keras(optimizer, each, params)
+    clipped = clipped_by(adamjax.clip_by_global_norm(0.5))
+    convert.from_keras(optimizer, clipped, params)
     with pytest.raises(ValueError, match=r"clip_by_global_norm\(max_norm=0.5\) of other leaves"):
-        convert.from_keras(optimizer, adamjax.partition([("a", each)], default=each), params)
+        convert.from_keras(optimizer, adamjax.partition([("a", clipped)], default=clipped), params)
 
 
 def test_a_norm_of_keras_is_that_of_the_leaves_that_its_optimizer_has(keras):
@@ -970,12 +971,12 @@ def test_another_number_of_micro_batches_than_in_keras_is_refused(keras):
 
 
 def test_variables_of_another_number_of_micro_batches_are_refused():
-    """The iteration counts them, and only the accumulated gradients show how many a step takes."""
+    """The iteration counts micro-batches. Only accumulated gradients show how many make a step."""
     params, tx = {"a": jnp.zeros(2)}, adamjax.accumulate_gradients(adamjax.adam(RATE), 4)
 
     def pairs(iteration, total):
-        found = [("adam/iteration", np.array(iteration)), *keras_variables_named(["a"])[1:]]
-        return [*found, ("adam/a_gradient_accumulator", np.full(2, total, np.float32))]
+        others = [("adam/iteration", np.array(iteration)), *keras_variables_named(["a"])[1:]]
+        return [*others, ("adam/a_gradient_accumulator", np.full(2, total, np.float32))]
 
     assert int(convert.from_keras(pairs(8, 0), tx, params).inner[0].count) == 2
     convert.from_keras(pairs(9, 0.5), tx, params)
@@ -985,7 +986,7 @@ def test_variables_of_another_number_of_micro_batches_are_refused():
 
 
 def test_a_loss_scale_factor_must_be_outside_of_the_accumulation_amid_a_step(keras):
-    """Keras multiplies micro-batches before it adds them up."""
+    """Keras multiplies the gradients of micro-batches by the factor before it adds them up."""
     options = {"loss_scale_factor": 4.0, "gradient_accumulation_steps": 3}
     factor, rate = adamjax.scale(0.25), adamjax.scale_by_learning_rate(0.1)
     inside = adamjax.chain(adamjax.accumulate_gradients(adamjax.chain(factor, KERAS_RULE), 3), rate)
@@ -1044,14 +1045,14 @@ def keras_adam_with_rate(keras, rate, count=0):
 
 
 def test_a_rate_function_without_arguments_is_compared_at_the_current_step_only(keras):
-    """It cannot be compared in later steps, but a constant rate is not it."""
+    """Keras calls it without a step, so later rates are unknown, but they may change."""
     params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay
 
     def rate(step=0):
         return 0.1 * 0.5**step
 
-    for given in (lambda: 0.1, rate):
-        optimizer = keras_adam_with_rate(keras, given, 5)
+    for function in (lambda: 0.1, rate):
+        optimizer = keras_adam_with_rate(keras, function, 5)
         with pytest.raises(ValueError, match=r"a learning rate that follows a schedule \(a "):
             convert.from_keras(optimizer, adamjax.adam(0.1), params)
         with pytest.raises(ValueError, match=r"a learning rate of 0\.1, tx has 0\.003125"):
@@ -1063,7 +1064,7 @@ def test_a_rate_function_without_arguments_is_compared_at_the_current_step_only(
 
 
 def test_a_schedule_of_keras_is_called_with_what_keras_passes(keras):
-    """With a variable of integers. Of the Python int 0, none of these takes what it needs."""
+    """Keras passes an integer variable. With the Python int 0, both schedules would fail."""
     params, schedules = {"w": jnp.ones(3)}, keras.optimizers.schedules
 
     class Noam(schedules.LearningRateSchedule):  # no get_config: only a saved model needs it
@@ -1095,7 +1096,7 @@ def test_a_schedule_of_keras_is_called_with_what_keras_passes(keras):
 
 
 def test_a_schedule_of_keras_is_compared_as_far_as_it_can_be_called(keras):
-    """One that reads a table is compared as far as it goes."""
+    """A schedule that reads a table is compared up to the end of the table."""
     params, schedules = {"w": jnp.ones(3)}, keras.optimizers.schedules
 
     class Table(schedules.LearningRateSchedule):
@@ -1151,7 +1152,7 @@ def test_a_schedule_that_keras_computes_in_integers_is_refused(keras):
 
 
 def test_a_schedule_of_keras_is_compared_closely_with_a_function(keras):
-    """The two differ between powers of two, at no end of a part."""
+    """They differ only at counts 300 to 499: there is no power of two, and no end of a part."""
     params, schedules = {"w": jnp.ones(3)}, keras.optimizers.schedules
     optimizer = keras_adam_with_rate(keras, schedules.ExponentialDecay(0.1, 1000, 0.5), 3)
     for factor in (1.0, 0.1):
@@ -1179,7 +1180,7 @@ def test_a_schedule_of_a_keras_optimizer_is_compared(keras):
 
 
 def test_a_schedule_of_a_keras_optimizer_is_compared_in_later_steps(keras):
-    """In the first steps all of these rates are the same."""
+    """At the current count all of these rates are the same."""
     params, k = {"w": jnp.ones(3), "b": jnp.ones(2)}, keras.optimizers
     cosine = k.schedules.CosineDecay(0.0, 60, 0.1, warmup_target=0.1, warmup_steps=12)
     pieces = k.schedules.PiecewiseConstantDecay([1000, 3001], [0.1, 0.2, 0.3])
@@ -1221,7 +1222,7 @@ def test_a_schedule_of_a_keras_optimizer_is_compared_in_later_steps(keras):
 
 
 def test_schedules_with_quotients_of_counts_match_those_of_keras(keras):
-    """Of int32 counts these quotients are float32, with x64 too."""
+    """Quotients of int32 counts are float32, also with x64."""
     params, k = {"w": jnp.ones(3)}, keras.optimizers
     rates = k.schedules
     for schedule, right in (
@@ -1254,7 +1255,7 @@ def restarts(first, rate=0.01):
 
 
 def cosines(period, rate=0.01):
-    """The same with equal periods; after many, Keras' quotients in float32 are coarse."""
+    """The same with equal periods. After many periods, Keras' float32 quotients are coarse."""
     return lambda count: rate * 0.5 * (1 + jnp.cos(jnp.pi * ((count % period) / period)))
 
 
@@ -1328,7 +1329,8 @@ def test_variables_of_keras_without_a_rate_show_a_schedule(keras):
         convert.from_keras(variables, constant, params, check=False)
         with pytest.raises(ValueError, match=r"to_keras: .*follows a schedule"):
             convert.to_keras(constant.init(params), constant, params, variables)
-    # tf_keras and older ones have an iteration in int64, and never a rate among their arrays.
+    # The arrays of tf_keras and older releases never contain a rate. tf_keras has int64 iterations,
+    # and releases before TensorFlow 2.11 have all momenta before all velocities.
     convert.from_keras([np.array(0, np.int64), *arrays[1:]], constant, params)
     two = [np.array(0, np.int32), *[np.zeros(n) for n in (2, 3, 2, 3)]]
     convert.from_keras(two, constant, {"a": jnp.ones(2), "b": jnp.ones(3)})
@@ -1353,7 +1355,7 @@ def test_counts_that_differ_do_not_go_to_keras(keras):
 
 
 def test_variables_that_keras_excludes_from_decay_must_be_masked(keras, x64):
-    """With the optimizer itself, the mask of the decay must say the same."""
+    """The exclusions are compared with the mask of tx, if the optimizer itself is passed."""
 
     def make(k):
         optimizer = k.AdamW(RATE, weight_decay=0.125)
@@ -1367,17 +1369,17 @@ def test_variables_that_keras_excludes_from_decay_must_be_masked(keras, x64):
     middle = theirs.params
     with pytest.raises(ValueError, match=r"'head/bias'.* decay of 0, .*mask= of the leaves"):
         convert.from_keras(theirs.optimizer, of_all, middle)
-    # What `load_model` does: the exclusions are in no config.
-    forgetful = KerasRun(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
+    # `load_model` loses the exclusions, because no config contains them.
+    reloaded = KerasRun(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
     with pytest.raises(ValueError, match=r"'head/bias'.*load_model.*exclude_from_weight_decay"):
-        convert.from_keras(forgetful.optimizer, masked, middle)
+        convert.from_keras(reloaded.optimizer, masked, middle)
     state = convert.from_keras(theirs.optimizer, masked, middle)
     actual, state = run_adamjax(masked, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, theirs.run(noises[STEPS_BEFORE:]), rtol=1e-12)
-    whole = KerasRun(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
+    decays_all = KerasRun(keras, lambda k: k.AdamW(RATE, weight_decay=0.125), new_params())
     with pytest.raises(ValueError, match=r"a weight decay of 0\.125.*with a mask= that this leaf"):
-        convert.from_keras(whole.optimizer, masked, middle)
-    # Keras says what is excluded, and adamjax what decays: turned around, it is refused.
+        convert.from_keras(decays_all.optimizer, masked, middle)
+    # Keras names what is excluded, and adamjax what decays. Masks of other leaves are refused.
     for mask in ("bias", "embed", "^(?!.*embed)"):
         wrong = adamjax.adamw(RATE, weight_decay=0.125, mask=mask)
         with pytest.raises(ValueError, match=r"weight decay of 0\.125, tx has 0 before .* mask="):
@@ -1447,7 +1449,7 @@ def test_a_keras_average_before_the_first_step_is_refused(keras, x64):
         convert.from_keras(*args)
     state = convert.from_keras(*args, check=False)
     assert_same(adamjax.averaged_weights(state), theirs.params)
-    # A state that has taken no step does not go on in Keras either.
+    # to_keras refuses a state that has taken no step for the same reason.
     with pytest.raises(ValueError, match="in its first step Keras 3 sets its average"):
         convert.to_keras(state, args[1], theirs.params, theirs.optimizer)
     theirs.run(new_noises()[:1])
@@ -1456,7 +1458,7 @@ def test_a_keras_average_before_the_first_step_is_refused(keras, x64):
 
 
 def test_a_keras_average_amid_the_first_step_is_refused(keras):
-    """Keras counts steps, not micro-batches, so all of these copy the weights."""
+    """Keras counts steps, so each micro-batch of the first step copies the weights."""
     options = {"use_ema": True, "ema_momentum": 0.5, "gradient_accumulation_steps": 3}
     optimizer = keras.optimizers.Adam(0.1, **options)
     w = keras.Variable(np.ones(3, np.float32), name="w")
@@ -1489,7 +1491,7 @@ def test_a_keras_average_is_not_dropped(keras):
 
 
 def test_the_product_of_nadam_is_computed_if_it_is_no_variable(keras, x64):
-    """tf_keras keeps the product of momenta outside of its variables."""
+    """The variables of tf_keras do not contain the product of momenta."""
     make, make_ours = KERAS_AND_ADAMJAX["nadam"]
     theirs = KerasRun(keras, make, new_params())
     theirs.run(new_noises()[:STEPS_BEFORE])
@@ -1499,6 +1501,7 @@ def test_the_product_of_nadam_is_computed_if_it_is_no_variable(keras, x64):
 
 
 def product_of_momenta(decay, b1=0.9):
+    """The product after 7 steps; `adamjax.nadam` has a decay of 1."""
     return np.prod([b1 * (1 - 0.5 * 0.96 ** (decay * t)) for t in range(1, 8)])
 
 
@@ -1508,26 +1511,26 @@ def product_of_momenta(decay, b1=0.9):
     ids=["legacy", "b1", "nan"],
 )
 def test_a_product_of_other_momenta_is_refused(product):
-    """The momentum of the legacy Nadam of Keras has another schedule, which nothing else shows."""
+    """Only the product shows that Keras' legacy Nadam has another schedule of its momentum."""
     tx, params = adamjax.nadam(RATE), {"w": jnp.ones(2)}
     names = ("iter", "momentum_cache", "w/m", "w/v")
 
-    def kept(product):
+    def variables_with(product):
         values = (np.array(7), np.float32(product), np.full(2, 0.5, "f"), np.ones(2, "f"))
         return [(f"Nadam/{name}:0", x) for name, x in zip(names, values, strict=True)]
 
-    state = convert.from_keras(kept(product_of_momenta(1)), tx, params)
+    state = convert.from_keras(variables_with(product_of_momenta(1)), tx, params)
     assert_same(state[0].momentum_product, jnp.float32(product_of_momenta(1)))
     with pytest.raises(ValueError, match=r"from_keras: the product of momenta is .* after 7 steps"):
-        convert.from_keras(kept(product), tx, params)
-    convert.from_keras(kept(product), tx, params, check=False)
+        convert.from_keras(variables_with(product), tx, params)
+    convert.from_keras(variables_with(product), tx, params, check=False)
 
 
 # --- optimizers before TensorFlow 2.11, and tf_keras ----------------------------------------------
 
 
 class OldAdam:
-    """What conversions read of an optimizer of Keras before 2.11."""
+    """An Adam of Keras before 2.11, with the attributes that conversions read."""
 
     __module__ = "keras.optimizers.legacy.adam"
     clipnorm = clipvalue = global_clipnorm = None
@@ -1552,13 +1555,13 @@ OldAdam.__name__ = "Adam"
 def test_rates_and_names_of_old_keras_optimizers_are_read(prefix):
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
     decayed = adamjax.inverse_time_decay(0.1, 1, 0.5)
-    of_class = type("LearningRateSchedule", (), {"__call__": lambda self, n: 0.1 / (n + 1)})
+    schedule_class = type("LearningRateSchedule", (), {"__call__": lambda self, n: 0.1 / (n + 1)})
     for old, right, other in (
         (OldAdam(0.1, prefix=prefix), 0.1, 0.2),
         (OldAdam(np.float32(0.1), 0.5, prefix=prefix), decayed, 0.1),
-        (OldAdam(of_class(), prefix=prefix), lambda n: 0.1 / (n + 1), 0.1),
+        (OldAdam(schedule_class(), prefix=prefix), lambda n: 0.1 / (n + 1), 0.1),
         (
-            OldAdam(of_class(), 0.5, prefix=prefix),
+            OldAdam(schedule_class(), 0.5, prefix=prefix),
             lambda n: 0.1 / (n + 1) / (1 + 0.5 * n),
             lambda n: 0.1 / (n + 1),
         ),

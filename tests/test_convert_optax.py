@@ -81,7 +81,7 @@ def test_a_state_converted_there_and_back_is_the_same(name, x64):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_with_narrow_parameters_and_float32_moments_continues(dtype):
-    """The gradients are float32: both packages would square narrow ones in their narrow dtype."""
+    """The gradients are float32, because optax would square narrow ones in their dtype."""
     theirs, ours = (
         optax.adamw(RATE, weight_decay=0.1),
         adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1),
