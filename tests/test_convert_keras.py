@@ -492,7 +492,7 @@ def test_none_in_an_order_skips_arrays_without_names():
 
 
 def test_weights_that_are_the_transposes_of_keras_kernels(keras, x64):
-    """As in Equinox. In an autoencoder, the encoder's kernel has the shape of another weight."""
+    """As in Equinox. The encoder's kernel has the shape of the decoder's weight."""
     names = ["encoder", "middle", "decoder"]
     shapes = dict(zip(names, [(5, 2), (2, 2), (2, 5)], strict=True))
     params = {name: {"weight": jnp.ones(shape[::-1])} for name, shape in shapes.items()}

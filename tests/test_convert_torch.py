@@ -1,4 +1,4 @@
-"""Conversions from torch and to it: names, orders and layouts of parameters."""
+"""Conversions from torch and to it: state dicts, groups, names and layouts of parameters."""
 
 import re
 
@@ -37,7 +37,7 @@ from adamjax import convert
 # --- runs that change their optimizer -------------------------------------------------------------
 
 
-# For a torch optimizer before its first step, which shows neither orders nor transpositions.
+# Options of to_torch for a target before its first step, which shows no order and no transposition.
 FRESH_OPTIONS = {"order": PATHS, "adapt": lambda path, x: x}
 
 
@@ -45,6 +45,7 @@ def negated(*transforms):
     return adamjax.chain(adamjax.scale(-1.0), *transforms)
 
 
+# For each case, functions that make an optimizer of torch and the transform of adamjax.
 TORCH_AND_ADAMJAX = {
     "adam": (lambda o, ps: o.Adam(ps, RATE), lambda: adamjax.adam(RATE, eps=1e-8)),
     "adam, decay in the gradient": (
@@ -79,25 +80,25 @@ TORCH_AND_ADAMJAX = {
 
 
 class TorchRun:
-    """An optimizer of torch with its parameters, in groups."""
+    """An optimizer of torch and its parameters, in the order of these paths."""
 
-    def __init__(self, torch, make, params, names=PATHS):
-        self.torch, self.treedef, self.names = torch, jax.tree.structure(params), list(names)
+    def __init__(self, torch, make, params, order=PATHS):
+        self.torch, self.treedef = torch, jax.tree.structure(params)
         leaves = dict(zip(PATHS, jax.tree.leaves(params), strict=True))
-        self.held = {
-            path: torch.nn.Parameter(torch.from_numpy(np.array(leaves[path]))) for path in names
+        self.parameters = {
+            path: torch.nn.Parameter(torch.from_numpy(np.array(leaves[path]))) for path in order
         }
-        self.optimizer = make(torch.optim, list(self.held.values()))
+        self.optimizer = make(torch.optim, list(self.parameters.values()))
 
     @property
     def params(self):
-        return self.treedef.unflatten([self.held[p].detach().numpy().copy() for p in PATHS])
+        return self.treedef.unflatten([self.parameters[p].detach().numpy().copy() for p in PATHS])
 
     def run(self, noises, after_each=lambda: None, sparse=False):
         trajectory = []
         for step, n in enumerate(noises):
             for path, x in zip(PATHS, jax.tree.leaves(n), strict=True):
-                p = self.held[path]
+                p = self.parameters[path]
                 p.grad = gradient(p.detach(), self.torch.from_numpy(np.array(x)))
                 if sparse:
                     p.grad = self._sparse(p.grad, rows_of_step(step) % len(p))
@@ -147,7 +148,7 @@ def test_a_run_continues_in_torch(name, torch, x64):
     assert_close(theirs.run(noises[STEPS_BEFORE:]), expected, rtol=TORCH_RTOL.get(name, 1e-12))
 
 
-# Two groups, in another order than that of our leaves.
+# The parameters of two groups, which are not in the order of the leaves.
 GROUPED_PATHS = ["head/kernel", "embed/table", "head/bias"]
 
 
@@ -171,16 +172,16 @@ def test_a_run_with_groups_and_a_scheduler_continues(torch, x64):
     middle = jax.tree.map(jnp.asarray, theirs.params)
     rates = [adamjax.inverse_time_decay(lr, 1, 0.1) for lr in (RATE, 0.03)]
     ours = adamw_like_groups(adamjax.by_path([("kernel$", rates[0])], default=rates[1]))
-    kept = theirs.optimizer.state_dict()
-    state = convert.from_torch(kept, ours, middle, order=GROUPED_PATHS)
+    old = theirs.optimizer.state_dict()
+    state = convert.from_torch(old, ours, middle, order=GROUPED_PATHS)
     expected = theirs.run(noises[STEPS_BEFORE:], falls.step)
     actual, after = run_adamjax(ours, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
     back = convert.to_torch(
         after, ours, actual[-1], theirs.optimizer.state_dict(), order=GROUPED_PATHS
     )
-    for key, held in theirs.optimizer.state_dict()["state"].items():
-        for name, x in held.items():
+    for key, leaf_state in theirs.optimizer.state_dict()["state"].items():
+        for name, x in leaf_state.items():
             assert_close(back["state"][key][name], x.numpy(), rtol=1e-12)
     for order, problem in [
         (PATHS, r"m of 'embed/table' has shape \[3, 4\], expected \[6, 3\]"),
@@ -191,35 +192,38 @@ def test_a_run_with_groups_and_a_scheduler_continues(torch, x64):
         ),
     ]:
         with pytest.raises(ValueError, match=problem):
-            convert.from_torch(kept, ours, middle, order=order)
+            convert.from_torch(old, ours, middle, order=order)
     with pytest.raises(
         ValueError, match=r"'head/kernel': torch has a learning rate of 0.03125, tx"
     ):
-        convert.from_torch(kept, adamw_like_groups(0.01), middle, order=GROUPED_PATHS)
+        convert.from_torch(old, adamw_like_groups(0.01), middle, order=GROUPED_PATHS)
 
 
 def test_a_run_with_a_transposed_kernel_continues(torch, x64):
     noises, ours = new_noises(), adamjax.adam(RATE, eps=1e-8)
 
-    def turned(path, x):
+    def transpose(path, x):
         return x.T if path == "head/kernel" else x
 
-    def turn(tree):
+    def with_transposed_kernel(tree):
         return {**tree, "head": {**tree["head"], "kernel": tree["head"]["kernel"].T}}
 
-    theirs = TorchRun(torch, TORCH_AND_ADAMJAX["adam"][0], turn(new_params()))
-    theirs.run([turn(n) for n in noises[:STEPS_BEFORE]])
-    middle = jax.tree.map(jnp.asarray, turn(theirs.params))
-    kept = theirs.optimizer.state_dict()
-    state = convert.from_torch(kept, ours, middle, adapt=turned)
-    expected = [turn(p) for p in theirs.run([turn(n) for n in noises[STEPS_BEFORE:]])]
+    theirs = TorchRun(torch, TORCH_AND_ADAMJAX["adam"][0], with_transposed_kernel(new_params()))
+    theirs.run([with_transposed_kernel(n) for n in noises[:STEPS_BEFORE]])
+    middle = jax.tree.map(jnp.asarray, with_transposed_kernel(theirs.params))
+    old = theirs.optimizer.state_dict()
+    state = convert.from_torch(old, ours, middle, adapt=transpose)
+    expected = [
+        with_transposed_kernel(p)
+        for p in theirs.run([with_transposed_kernel(n) for n in noises[STEPS_BEFORE:]])
+    ]
     actual, after = run_adamjax(ours, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
-    back = convert.to_torch(after, ours, middle, theirs.optimizer.state_dict(), adapt=turned)
+    back = convert.to_torch(after, ours, middle, theirs.optimizer.state_dict(), adapt=transpose)
     kernel = theirs.optimizer.state_dict()["state"][2]["exp_avg"].numpy()
     assert_close(back["state"][2]["exp_avg"], kernel, rtol=1e-12)
     with pytest.raises(ValueError, match=r"m of 'head/kernel' has shape \[4, 3\]"):
-        convert.from_torch(kept, ours, middle)
+        convert.from_torch(old, ours, middle)
 
 
 def run_lazy(tx, params, state, noises):
@@ -247,8 +251,8 @@ def test_a_run_of_sparse_adam_continues_with_lazy_rows(torch, x64):
     ours = adamjax.adam(RATE, eps_hat=1e-8, rows="lazy")
     theirs.run(noises[:STEPS_BEFORE], sparse=True)
     middle = jax.tree.map(jnp.asarray, theirs.params)
-    kept = theirs.optimizer.state_dict()
-    state = convert.from_torch(kept, ours, middle)
+    old = theirs.optimizer.state_dict()
+    state = convert.from_torch(old, ours, middle)
     new = TorchRun(torch, lambda o, ps: o.SparseAdam(ps, RATE), middle)
     new.load(convert.to_torch(state, ours, middle, new.optimizer.state_dict(), **FRESH_OPTIONS))
     expected = theirs.run(noises[STEPS_BEFORE:], sparse=True)
@@ -256,15 +260,15 @@ def test_a_run_of_sparse_adam_continues_with_lazy_rows(torch, x64):
     assert_close(actual, expected, rtol=1e-12)
     assert_close(new.run(noises[STEPS_BEFORE:], sparse=True), expected, rtol=1e-15)
     with pytest.raises(ValueError, match=r"added to the uncorrected root \(eps_hat=1e-08\)"):
-        convert.from_torch(kept, adamjax.adam(RATE, eps=1e-8, rows="lazy"), middle)
-    # Rows that stood still move from here on, in exact_rows as in the dense rule.
+        convert.from_torch(old, adamjax.adam(RATE, eps=1e-8, rows="lazy"), middle)
+    # From here on, rows without a gradient move, in exact_rows as under the dense rule.
     dense = adamjax.adam(RATE, eps_hat=1e-8)
     exact = adamjax.exact_rows(dense, "^embed", history=2048)
     with pytest.raises(ValueError, match=r"stand still without a gradient, tx has exact_rows"):
-        convert.from_torch(kept, exact, middle)
-    state = convert.from_torch(kept, exact, middle, check=False)
+        convert.from_torch(old, exact, middle)
+    state = convert.from_torch(old, exact, middle, check=False)
     actual, _ = run_exact_rows(exact, middle, state, noises[STEPS_BEFORE:])
-    state = convert.from_torch(kept, dense, middle, check=False)
+    state = convert.from_torch(old, dense, middle, check=False)
     expected, _ = run_dense(dense, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, expected, rtol=1e-8)
 
@@ -284,18 +288,18 @@ def test_a_run_of_torch_continues_in_exact_rows(torch, x64):
     for step, n in enumerate(noises[STEPS_BEFORE:]):
         grads = zero_other_rows(jax.tree.map(gradient, theirs.params, n), step)
         for path, g in zip(PATHS, jax.tree.leaves(grads), strict=True):
-            theirs.held[path].grad = torch.from_numpy(np.array(g))
+            theirs.parameters[path].grad = torch.from_numpy(np.array(g))
         theirs.optimizer.step()
     actual, after = run_exact_rows(ours, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, jax.tree.map(jnp.asarray, theirs.params), rtol=1e-8)
     back = convert.to_torch(after, ours, actual, theirs.optimizer.state_dict())
-    for key, held in theirs.optimizer.state_dict()["state"].items():
-        for name, x in held.items():
+    for key, leaf_state in theirs.optimizer.state_dict()["state"].items():
+        for name, x in leaf_state.items():
             assert_close(back["state"][key][name], x.numpy(), rtol=1e-8)
 
 
 def test_float32_and_bfloat16_tensors_are_converted(torch):
-    """bfloat16 tensors, which NumPy does not know, and float32 ones to rounding."""
+    """Runs in float32 differ by rounding only. bfloat16 tensors are no arrays of NumPy."""
     noises = new_noises(dtype=np.float32)
     theirs = TorchRun(torch, TORCH_AND_ADAMJAX["adam"][0], new_params(np.float32))
     ours = adamjax.adam(RATE, eps=1e-8)
@@ -303,25 +307,25 @@ def test_float32_and_bfloat16_tensors_are_converted(torch):
     middle = jax.tree.map(jnp.asarray, theirs.params)
     state = convert.from_torch(theirs.optimizer.state_dict(), ours, middle)
     actual, _ = run_adamjax(ours, middle, state, noises[STEPS_BEFORE:])
-    # torch computes its scalars in float64: twenty steps' roundings are left.
+    # torch computes its scalars in float64, so the rounding errors of twenty steps remain.
     assert_close(actual, theirs.run(noises[STEPS_BEFORE:]), rtol=2e-6)
-    for p in theirs.held.values():
+    for p in theirs.parameters.values():
         p.data, p.grad = p.data.bfloat16(), p.data.bfloat16()
-    theirs.optimizer = torch.optim.Adam(theirs.held.values(), RATE)
+    theirs.optimizer = torch.optim.Adam(theirs.parameters.values(), RATE)
     theirs.optimizer.step()
     low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), middle)
     state = convert.from_torch(theirs.optimizer.state_dict(), ours, low)
-    kept = theirs.optimizer.state_dict()["state"][1]["exp_avg"]
-    assert_same(adamjax.get_slot(state, "m")["head"]["bias"], jnp.asarray(kept.float().numpy()))
+    m = theirs.optimizer.state_dict()["state"][1]["exp_avg"]
+    assert_same(adamjax.get_slot(state, "m")["head"]["bias"], jnp.asarray(m.float().numpy()))
     back = convert.to_torch(state, ours, low, theirs.optimizer.state_dict())
     theirs.load(back)
     assert theirs.optimizer.state_dict()["state"][1]["exp_avg"].dtype is torch.bfloat16
-    assert torch.equal(theirs.optimizer.state_dict()["state"][1]["exp_avg"], kept)
+    assert torch.equal(theirs.optimizer.state_dict()["state"][1]["exp_avg"], m)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_fused_steps_of_torch_continue_from_converted_moments(layout, torch):
-    """torch's fused step is wrong if moments are not laid out in memory like the parameter."""
+    """torch's fused step is wrong if moments have another layout in memory than the parameter."""
     memory_format = {
         "contiguous": torch.contiguous_format,
         "channels_last": torch.channels_last,
@@ -404,14 +408,14 @@ def test_only_adams_of_torch_are_converted(name, torch):
         state = convert.from_torch(state_dict, ADAMS_OF_TORCH[name](), params, rtol=1e-4)
         assert int(adamjax.step_count(state)) == 2
     else:
-        # NAdam's momentum decays at another rate.
+        # By default, NAdam's momentum has another decay.
         message = "from_torch: (a group of torch has the options|torch's NAdam)"
         with pytest.raises(ValueError, match=message):
             convert.from_torch(state_dict, adamjax.adam(0.1, eps=1e-8), params)
 
 
 def test_all_optimizers_of_torch_except_adams_are_refused(torch):
-    """Those of future versions too: they have keys of their own."""
+    """Also those of future releases, because they have keys of their own."""
     accepted, params = set(), [jnp.ones((3, 2))]
     txs = {
         "adam": adamjax.adam(0.1, eps=1e-8),
@@ -425,17 +429,17 @@ def test_all_optimizers_of_torch_except_adams_are_refused(torch):
             continue
         options = {"weight_decay": 0.0} if name in ("AdamW", "Muon") else {}
         options |= {"momentum_decay": 1.0} if name == "NAdam" else {}
-        kept = kind([torch.nn.Parameter(torch.ones(3, 2))], lr=0.1, **options).state_dict()
+        old = kind([torch.nn.Parameter(torch.ones(3, 2))], lr=0.1, **options).state_dict()
         for key, tx in txs.items():
             try:
-                state = convert.from_torch(kept, tx, params)
+                state = convert.from_torch(old, tx, params)
             except ValueError as error:
                 assert "from_torch: " in str(error)  # noqa: PT017
                 with pytest.raises(ValueError, match="to_torch: "):
-                    convert.to_torch(tx.init(params), tx, params, kept, adapt=lambda path, x: x)
+                    convert.to_torch(tx.init(params), tx, params, old, adapt=lambda path, x: x)
             else:
                 accepted.add((name, key))
-                convert.to_torch(state, tx, params, kept, adapt=lambda path, x: x)
+                convert.to_torch(state, tx, params, old, adapt=lambda path, x: x)
     adams = {("Adam", "adam"), ("AdamW", "adam"), ("Adamax", "adamax"), ("NAdam", "nadam")}
     assert accepted == {*adams, ("SparseAdam", "lazy")}
 
@@ -445,15 +449,15 @@ def test_all_optimizers_of_torch_except_adams_are_refused(torch):
 
 def test_a_step_of_torch_may_be_an_array_of_one_element():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
-    given = torch_state_dict()
-    for held in given["state"].values():
-        held["step"] = np.array([5.0], np.float32)
-    state = convert.from_torch(given, tx, params)
+    old = torch_state_dict()
+    for leaf_state in old["state"].values():
+        leaf_state["step"] = np.array([5.0], np.float32)
+    state = convert.from_torch(old, tx, params)
     assert int(adamjax.step_count(state)) == 5
-    assert convert.to_torch(state, tx, params, given)["state"][0]["step"] == 5
-    given["state"][0]["step"] = np.array([5.0, 5.0], np.float32)
+    assert convert.to_torch(state, tx, params, old)["state"][0]["step"] == 5
+    old["state"][0]["step"] = np.array([5.0, 5.0], np.float32)
     with pytest.raises(ValueError, match="states of several runs one by one"):
-        convert.from_torch(given, tx, params)
+        convert.from_torch(old, tx, params)
 
 
 def test_moments_of_torch_are_not_rounded_to_a_narrower_dtype():
@@ -462,10 +466,10 @@ def test_moments_of_torch_are_not_rounded_to_a_narrower_dtype():
         torch_state_dict(exp_avg=PARAMS["a"] * 0.3),
         {**torch_state_dict(), "state": {}},
     )
-    for given in (trained, fresh):
+    for old in (trained, fresh):
         with pytest.raises(ValueError, match=r"m of 'a' is .* and would be rounded to bfloat16"):
-            convert.from_torch(given, tx, params)
-        convert.from_torch(given, tx, params, check=False)
+            convert.from_torch(old, tx, params)
+        convert.from_torch(old, tx, params, check=False)
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     convert.from_torch(fresh, tx, narrow)
 
@@ -476,11 +480,11 @@ def test_the_product_of_nadam_is_copied_from_torch():
         product = np.array(0.9 * (1 - 0.5 * 0.96), np.float32)
         slots = {"exp_avg": np.full(2, 0.1, np.float32), "exp_avg_sq": np.ones(2, np.float32)}
         group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
-        kept = {
+        old = {
             "state": {0: {"step": 1, "mu_product": product, **slots}},
             "param_groups": [{**group, "momentum_decay": 1.0}],
         }
-        state = convert.from_torch(kept, tx, jnp.ones(2))
+        state = convert.from_torch(old, tx, jnp.ones(2))
         product[...] = 0
         assert float(state[0].momentum_product) > 0.4
 
@@ -500,7 +504,7 @@ STRANGE = {
     ),
     "no step": (lambda s: s["state"][0].pop("step"), r"state of 'a' has .*, expected 'step'"),
     "half a step": (lambda s: s["state"][0].update(step=1.5), r"count of 'a' is 1.5, expected"),
-    "not a number": (
+    "a moment of NaN": (
         lambda s: s["state"][0].update(exp_avg=np.array([np.nan, 0.0])),
         r"of 'a', exp_avg has values that are not finite",
     ),
@@ -512,7 +516,7 @@ STRANGE = {
         lambda s: s.update(state={str(k): x for k, x in s["state"].items()}),
         r"state has the keys \['0', '1'\], but its groups",
     ),
-    "as many names as there are not": (
+    "fewer names than parameters": (
         lambda s: s["param_groups"][0].update(param_names=["a"]),
         r"param_names \['a'\], expected a list of strings for its 2 params",
     ),
@@ -523,28 +527,34 @@ STRANGE = {
 def test_strange_states_of_torch_are_refused(name):
     change, message = STRANGE[name]
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
-    kept = torch_state_dict()
-    convert.from_torch(kept, tx, params)
-    change(kept)
+    old = torch_state_dict()
+    convert.from_torch(old, tx, params)
+    change(old)
     with pytest.raises(ValueError, match=f"from_torch: .*{message}"):
-        convert.from_torch(kept, tx, params)
+        convert.from_torch(old, tx, params)
 
 
 def changed_group(**changes):
-    def change(found):
-        return {**found, "param_groups": [{**found["param_groups"][0], **changes}]}
+    def change(state_dict):
+        return {**state_dict, "param_groups": [{**state_dict["param_groups"][0], **changes}]}
 
     return change
 
 
-def changed_state_of_0(held):
-    return lambda found: {**found, "state": {**found["state"], 0: held(found["state"][0])}}
+def changed_state_of_0(change):
+    return lambda state_dict: {
+        **state_dict,
+        "state": {**state_dict["state"], 0: change(state_dict["state"][0])},
+    }
 
 
 MALFORMED = {
-    "a state": (lambda found: {**found, "state": [1]}, r"'state' is \[1\] of type list"),
-    "groups": (lambda found: {**found, "param_groups": None}, "'param_groups' is None"),
-    "a group": (lambda found: {**found, "param_groups": [3]}, "a group of 'param_groups' is 3"),
+    "a state": (lambda state_dict: {**state_dict, "state": [1]}, r"'state' is \[1\] of type list"),
+    "groups": (lambda state_dict: {**state_dict, "param_groups": None}, "'param_groups' is None"),
+    "a group": (
+        lambda state_dict: {**state_dict, "param_groups": [3]},
+        "a group of 'param_groups' is 3",
+    ),
     "no params": (changed_group(params=None), "'params' of a group is None"),
     "a number for params": (changed_group(params=3), "'params' of a group is 3 of type int"),
     "lists in params": (changed_group(params=[0, [1]]), r"'params' of a group is \[1\]"),
@@ -585,39 +595,39 @@ def test_malformed_state_dicts_are_refused(what):
 
 def test_an_error_names_what_is_passed_in_place_of_a_state_dict():
     flat = {"state.w.exp_avg": np.ones(2), "param_groups.w.lr": 0.1}
-    for given, message in (
+    for old, message in (
         (flat, r"got the flattened form .* 'state.w.exp_avg': make it without flatten_optimizer"),
         ({"model": {}, "optimizer": {}}, r"got dict with \['model', 'optimizer'\]"),
         ([], "got list"),
     ):
         with pytest.raises(TypeError, match=f"from_torch: expected .*{message}"):
-            convert.from_torch(given, adamjax.adam(0.1, eps=1e-8), {"w": jnp.ones(2)})
+            convert.from_torch(old, adamjax.adam(0.1, eps=1e-8), {"w": jnp.ones(2)})
 
 
 def test_tensors_that_are_not_plain_are_refused():
     class DTensor:
         def detach(self):
-            raise AssertionError("not asked")
+            raise AssertionError("this must not be called")
 
-    kept = torch_state_dict(exp_avg=DTensor())
+    old = torch_state_dict(exp_avg=DTensor())
     with pytest.raises(ValueError, match=r"exp_avg of 'a' is a .*DTensor, expected a plain tensor"):
-        convert.from_torch(kept, adamjax.adam(RATE, eps=1e-8), jax.tree.map(jnp.asarray, PARAMS))
+        convert.from_torch(old, adamjax.adam(RATE, eps=1e-8), jax.tree.map(jnp.asarray, PARAMS))
 
 
 @pytest.mark.parametrize("check", [True, False])
 def test_complex_leaves_go_neither_to_torch_nor_from_it(check):
-    """Also where all imaginary parts are 0 so far, or no step was taken yet."""
+    """Also if all imaginary parts are 0, or if no step was taken."""
     tx, params = adamjax.adam(0.1, eps=1e-8), [jnp.ones(2, jnp.complex64), jnp.ones(2)]
-    for given in (fresh_torch(), torch_after_a_step((2,), (2,))):
-        for held in list(given["state"].values())[:1]:
+    for old in (fresh_torch(), torch_after_a_step((2,), (2,))):
+        for leaf_state in list(old["state"].values())[:1]:
             for name in ("exp_avg", "exp_avg_sq"):
-                held[name] = held[name].astype(np.complex64)
+                leaf_state[name] = leaf_state[name].astype(np.complex64)
         for leaves in (params, [jnp.ones(2), params[0]]):
             message = r"_torch: the leaf '[01]' is complex, and torch's v of complex parameters"
             with pytest.raises(ValueError, match=f"from{message}"):
-                convert.from_torch(given, tx, leaves, check=check)
+                convert.from_torch(old, tx, leaves, check=check)
             with pytest.raises(ValueError, match=f"to{message}"):
-                convert.to_torch(tx.init(leaves), tx, leaves, given, check=check)
+                convert.to_torch(tx.init(leaves), tx, leaves, old, check=check)
 
 
 # --- names and order of parameters ----------------------------------------------------------------
@@ -625,17 +635,17 @@ def test_complex_leaves_go_neither_to_torch_nor_from_it(check):
 
 def test_an_order_may_map_names_of_torch_to_paths():
     tx, params = adamjax.adam(RATE, eps=1e-7), {"x": jnp.ones(2), "y": jnp.ones(2)}
-    kept = numbered_torch([(2,), (2,), (2,)])
-    kept["param_groups"][0]["param_names"] = ["b", "a", "c"]
+    old = numbered_torch([(2,), (2,), (2,)])
+    old["param_groups"][0]["param_names"] = ["b", "a", "c"]
     order = {"a": "x", "b": "y", "c": None}
-    m = adamjax.get_slot(convert.from_torch(kept, tx, params, order=order), "m")
+    m = adamjax.get_slot(convert.from_torch(old, tx, params, order=order), "m")
     assert_same(m, {"x": jnp.full(2, 2.0), "y": jnp.full(2, 1.0)})
     with pytest.raises(ValueError, match=r"order has the names \['a', 'b'\], which do not corr"):
-        convert.from_torch(kept, tx, params, order={"a": "x", "b": "y"})
+        convert.from_torch(old, tx, params, order={"a": "x", "b": "y"})
 
 
 def test_parameters_of_torch_are_matched_by_their_names(torch):
-    """Leaves of one shape in another order would take each other's moments."""
+    """Matched by their order, these leaves of one shape would get each other's moments."""
     leaves = {name: torch.nn.Parameter(torch.ones(2)) for name in ("b", "a")}
     optimizer = torch.optim.Adam(list(leaves.items()), lr=0.1)
     for i, p in enumerate(leaves.values()):
@@ -656,40 +666,40 @@ def test_parameters_of_torch_are_matched_by_their_names(torch):
 
 
 def test_names_of_torch_modules_match_those_of_flax(torch):
-    """`weight` is `kernel`; names before all others, as of a wrapper, do not matter."""
+    """`weight` matches `kernel`. A prefix of all names, as from a wrapper, is ignored."""
     layers = [torch.nn.Linear(2, 2, bias=False) for _ in range(12)]
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})
     optimizer = torch.optim.Adam(model.named_parameters(prefix="module"), lr=0.1)
     for i, layer in enumerate(layers):
         layer.weight.grad = (i + 1.0) * torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     optimizer.step()
-    kept = optimizer.state_dict()
+    old = optimizer.state_dict()
     params = {"layers": {str(i): {"kernel": jnp.zeros((2, 2))} for i in range(12)}}
     tx, sizes = adamjax.adam(0.1, eps=1e-8), jnp.array([[1.0, 3.0], [2.0, 4.0]])
     expected = {str(i): {"kernel": 0.1 * (i + 1) * sizes} for i in range(12)}
 
-    def convert_from(kept):
-        return convert.from_torch(kept, tx, params, adapt=lambda path, x: x.T)
+    def convert_from(old):
+        return convert.from_torch(old, tx, params, adapt=lambda path, x: x.T)
 
-    m = adamjax.get_slot(convert_from(kept), "m")
+    m = adamjax.get_slot(convert_from(old), "m")
     assert_close(m, {"layers": expected}, rtol=1e-6)
     # Keys that are names, as torch.distributed.checkpoint writes them.
-    (group,) = kept["param_groups"]
+    (group,) = old["param_groups"]
     names = group["param_names"]
     group = {key: x for key, x in group.items() if key != "param_names"}
     by_name = {
-        "state": {names[i]: x for i, x in kept["state"].items()},
+        "state": {names[i]: x for i, x in old["state"].items()},
         "param_groups": [{**group, "params": names}],
     }
     state = convert_from(by_name)
     assert_close(adamjax.get_slot(state, "m"), {"layers": expected}, rtol=1e-6)
-    back = convert.to_torch(state, tx, params, kept, adapt=lambda path, x: x.T)["state"]
-    for i, x in kept["state"].items():
+    back = convert.to_torch(state, tx, params, old, adapt=lambda path, x: x.T)["state"]
+    for i, x in old["state"].items():
         assert_same(back[i]["exp_avg"], x["exp_avg"].numpy())
     # No shape shows that square kernels are transposed.
     for refused in (
-        lambda: convert.from_torch(kept, tx, params),
-        lambda: convert.to_torch(state, tx, params, kept),
+        lambda: convert.from_torch(old, tx, params),
+        lambda: convert.to_torch(state, tx, params, old),
     ):
         with pytest.raises(ValueError, match=r"weights are the transposes of kernels.*adapt="):
             refused()
@@ -745,23 +755,23 @@ def test_an_adapt_that_reshapes_hides_the_order():
 @pytest.mark.parametrize("names", [None, ["0.weight", "1.weight"]], ids=["no names", "names"])
 @pytest.mark.parametrize("leaf", ["kernel", "kernel_0", "w", "Wq", "weights", "weight", "table"])
 def test_square_kernels_that_torch_may_transpose_need_an_adapt(leaf, names):
-    """Only leaves with names of torch's own, and tables, are not."""
+    """Leaves that have torch's name `weight`, and tables, are not transposed."""
     square, slots = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32), ("exp_avg", "exp_avg_sq")
     group = {"params": [0, 1], "lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
     group |= {"amsgrad": False} | ({} if names is None else {"param_names": names})
-    kept = {
+    old = {
         "state": {i: {"step": 3, **dict.fromkeys(slots, square)} for i in range(2)},
         "param_groups": [group],
     }
     tx, params = adamjax.adam(RATE, eps=1e-8), [{leaf: jnp.zeros((2, 2))} for _ in range(2)]
     order = [f"{i}/{leaf}" for i in range(2)]
     if leaf in ("weight", "table"):
-        convert.from_torch(kept, tx, params, order=order)
+        convert.from_torch(old, tx, params, order=order)
     else:
         wanted = rf"torch's weights are the transposes of kernels.*endswith\('{leaf}'\)"
         with pytest.raises(ValueError, match=wanted):
-            convert.from_torch(kept, tx, params, order=order)
-    state = convert.from_torch(kept, tx, params, order=order, adapt=lambda path, x: x.T)
+            convert.from_torch(old, tx, params, order=order)
+    state = convert.from_torch(old, tx, params, order=order, adapt=lambda path, x: x.T)
     assert_same(adamjax.get_slot(state, "m")[0][leaf], square.T)
 
 
@@ -774,18 +784,18 @@ def test_a_kernel_with_a_clear_shape_does_not_show_the_layout_of_others():
     def converted(*leaves, torch_names=None):
         arrays = [np.ones(shapes[leaf], np.float32) for leaf in leaves]
         own = {"param_names": torch_names} if torch_names else {}
-        kept = {
+        old = {
             "state": {i: {"step": 3, **dict.fromkeys(slots, x)} for i, x in enumerate(arrays)},
             "param_groups": [{**group, **own}],
         }
         params = dict(zip(leaves, arrays, strict=True))
-        return convert.from_torch(kept, tx, params, order=list(leaves))
+        return convert.from_torch(old, tx, params, order=list(leaves))
 
     with pytest.raises(ValueError, match=r"such as 'w1'.*endswith\('w1'\)"):
         converted("w0", "w1")
     with pytest.raises(ValueError, match=r"such as 'gate'.*endswith\('gate'\)"):
         converted("w0", "gate")
-    # Of weight_norm and spectral_norm.
+    # The names of weight_norm and spectral_norm.
     names = ["0.parametrizations.weight.original0", "0.parametrizations.weight.original1"]
     with pytest.raises(ValueError, match=r"such as 'gate'"):
         converted("w0", "gate", torch_names=names)
@@ -793,7 +803,7 @@ def test_a_kernel_with_a_clear_shape_does_not_show_the_layout_of_others():
 
 @pytest.mark.parametrize("named", [True, False], ids=["names", "no names"])
 @pytest.mark.parametrize(
-    ("shape", "mend"),
+    ("shape", "fix"),
     [
         ((3, 8, 3), r"x\.T if"),  # torch's Conv1d(8, 3, kernel_size=3)
         ((3, 3, 3, 3), r"x\.transpose\("),
@@ -804,28 +814,26 @@ def test_a_kernel_with_a_clear_shape_does_not_show_the_layout_of_others():
         ((3, 4), None),
     ],
 )
-def test_kernels_whose_shape_does_not_show_the_order_of_dimensions_need_an_adapt(
-    shape, mend, named
-):
+def test_kernels_whose_shape_does_not_show_the_order_of_dimensions_need_an_adapt(shape, fix, named):
     """torch has (out, in, *kernel_size), and kernels have (*kernel_size, in, out)."""
-    kept = numbered_torch([shape])
+    old = numbered_torch([shape])
     if named:
-        kept["param_groups"][0]["param_names"] = ["0.weight"]
+        old["param_groups"][0]["param_names"] = ["0.weight"]
     tx, params = adamjax.adam(RATE, eps=1e-7), {"0": {"kernel": jnp.zeros(shape)}}
-    x = kept["state"][0]["exp_avg"] = np.linspace(0, 1, np.prod(shape), dtype=np.float32).reshape(
+    x = old["state"][0]["exp_avg"] = np.linspace(0, 1, np.prod(shape), dtype=np.float32).reshape(
         shape
     )
 
     def kernel_of(x):
         return x.transpose(*range(2, x.ndim), 1, 0)
 
-    if mend is None:
-        convert.from_torch(kept, tx, params)
+    if fix is None:
+        convert.from_torch(old, tx, params)
         return
     for flat in (params, {"0_kernel": jnp.zeros(shape)}):
-        with pytest.raises(ValueError, match=f"its shape .* does not show it: .*{mend}"):
-            convert.from_torch(kept, tx, flat)
-    state = convert.from_torch(kept, tx, params, adapt=lambda path, x: kernel_of(x))
+        with pytest.raises(ValueError, match=f"its shape .* does not show it: .*{fix}"):
+            convert.from_torch(old, tx, flat)
+    state = convert.from_torch(old, tx, params, adapt=lambda path, x: kernel_of(x))
     assert_same(adamjax.get_slot(state, "m")["0"]["kernel"], kernel_of(x))
 
 
@@ -872,8 +880,8 @@ def test_an_invalid_adapt_is_refused(adapt, error, message):
         with pytest.raises(error, match=f"to_torch: {message}"):
             convert.to_torch(state, tx, params, plain_torch_dict(), adapt=adapt)
     state = convert.from_torch(plain_torch_dict(), tx, params)
-    for fine in (lambda path, x: jnp.asarray(x), lambda *both: both[1].tolist()):
-        assert_same(convert.from_torch(plain_torch_dict(), tx, params, adapt=fine), state)
+    for valid in (lambda path, x: jnp.asarray(x), lambda *both: both[1].tolist()):
+        assert_same(convert.from_torch(plain_torch_dict(), tx, params, adapt=valid), state)
 
 
 # --- hyperparameters and rates --------------------------------------------------------------------
@@ -911,7 +919,7 @@ def test_options_of_torch_are_compared_with_tx(name):
     convert.from_torch(torch_state_dict({"betas": (0.9, float(np.float32(0.999)))}), tx, params)
     state = tx.init(params)
     convert.to_torch(state, tx, params, {**torch_state_dict(), "state": {}}, order=["a", "b"])
-    # The error begins alike, and then also says how to change the target.
+    # The error of to_torch begins like that of from_torch, and also says how to change the target.
     start = re.split("those of amsgrad|(?<=[a-z0-9]): (?:build|put|begin)", message)[0]
     with pytest.raises(ValueError, match=f"to_torch: .*{start}"):
         convert.to_torch(
@@ -945,21 +953,21 @@ def test_an_error_says_how_a_target_gets_the_rate_of_tx(torch):
     ids=["cosine", "powers", "a callable"],
 )
 def test_a_float32_schedule_matches_the_float64_rates_of_torch(rate, schedule):
-    """torch computes in float64; near its end, what float32 leaves of a cosine is another rate."""
+    """torch computes rates in float64. Near the end of a cosine, float32 gives other rates."""
     params = jax.tree.map(jnp.asarray, PARAMS)
     for count in (10, 900, 990, 998):
-        given = torch_state_dict({"lr": rate(count)})
-        for held in given["state"].values():
-            held["step"] = count
-        convert.from_torch(given, adamjax.adam(schedule, eps=1e-8), params)
-        given["param_groups"][0]["lr"] = 1.001 * rate(count)
+        old = torch_state_dict({"lr": rate(count)})
+        for leaf_state in old["state"].values():
+            leaf_state["step"] = count
+        convert.from_torch(old, adamjax.adam(schedule, eps=1e-8), params)
+        old["param_groups"][0]["lr"] = 1.001 * rate(count)
         with pytest.raises(ValueError, match="a learning rate of"):
-            convert.from_torch(given, adamjax.adam(schedule, eps=1e-8), params)
+            convert.from_torch(old, adamjax.adam(schedule, eps=1e-8), params)
 
 
 @pytest.mark.parametrize("name", ["powers", "products of counts"])
 def test_a_rate_is_compared_as_a_step_computes_it(name):
-    """In float32 and int32, these functions are far from what they are in float64."""
+    """In float32 and int32, these schedules have other values than in float64."""
     count, schedule, right, rate = {
         "powers": (
             200_000,
@@ -974,13 +982,13 @@ def test_a_rate_is_compared_as_a_step_computes_it(name):
             0.1 / 1.36,
         ),
     }[name]
-    params, given = jax.tree.map(jnp.asarray, PARAMS), torch_state_dict({"lr": rate})
-    for held in given["state"].values():
-        held["step"] = count
-    convert.from_torch(given, adamjax.adam(right, eps=1e-8), params)
+    params, old = jax.tree.map(jnp.asarray, PARAMS), torch_state_dict({"lr": rate})
+    for leaf_state in old["state"].values():
+        leaf_state["step"] = count
+    convert.from_torch(old, adamjax.adam(right, eps=1e-8), params)
     message = r"a learning rate of .*Note: in float64 the schedule of tx has that rate, but steps"
     with pytest.raises(ValueError, match=message):
-        convert.from_torch(given, adamjax.adam(schedule, eps=1e-8), params)
+        convert.from_torch(old, adamjax.adam(schedule, eps=1e-8), params)
 
 
 def test_a_rate_that_is_scaled_is_another_rate():
@@ -1022,7 +1030,11 @@ def test_maximize_is_a_negation():
 
 DECAYED = {
     "after the rule": (True, lambda rule, decay: [rule, decay], None),
-    "and before a scale": (True, lambda rule, decay: [rule, decay, adamjax.scale(1.0)], None),
+    "after the rule and before a scale": (
+        True,
+        lambda rule, decay: [rule, decay, adamjax.scale(1.0)],
+        None,
+    ),
     "after the rate": (
         True,
         lambda rule, decay: [rule, adamjax.scale_by_learning_rate(1.0), decay, adamjax.scale(-1.0)],
@@ -1050,25 +1062,25 @@ DECAYED = {
 @pytest.mark.parametrize("name", DECAYED)
 def test_a_decay_is_compared_as_the_step_scales_it(name):
     decoupled, parts, problem = DECAYED[name]
-    given = torch_state_dict({"weight_decay": 0.5, "decoupled_weight_decay": decoupled})
+    old = torch_state_dict({"weight_decay": 0.5, "decoupled_weight_decay": decoupled})
     params = jax.tree.map(jnp.asarray, PARAMS)
     made = parts(adamjax.scale_by_adam(eps=1e-8), adamjax.add_decayed_weights(0.5))
     tx = adamjax.chain(*made, adamjax.scale_by_learning_rate(RATE))
     if problem is None:
-        convert.from_torch(given, tx, params)
+        convert.from_torch(old, tx, params)
     else:
         with pytest.raises(ValueError, match=f"a weight decay of 0.5, tx has {problem}"):
-            convert.from_torch(given, tx, params)
+            convert.from_torch(old, tx, params)
 
 
 def test_maximize_negates_before_the_weight_decay():
     params = jax.tree.map(jnp.asarray, PARAMS)
-    kept = torch_state_dict({"maximize": True, "weight_decay": 0.5})
+    old = torch_state_dict({"maximize": True, "weight_decay": 0.5})
     parts = adamjax.scale(-1.0), adamjax.add_decayed_weights(0.5)
     adam = adamjax.adam(RATE, eps=1e-8)
-    convert.from_torch(kept, adamjax.chain(*parts, adam), params)
+    convert.from_torch(old, adamjax.chain(*parts, adam), params)
     with pytest.raises(ValueError, match=r"negates after their weight decay: move it before"):
-        convert.from_torch(kept, adamjax.chain(*parts[::-1], adam), params)
+        convert.from_torch(old, adamjax.chain(*parts[::-1], adam), params)
 
 
 def test_sparse_adam_of_torch_has_no_decay():
@@ -1090,20 +1102,20 @@ def test_torch_clips_before_its_weight_decay():
 
 def test_a_clip_of_updates_is_refused_because_torch_has_none():
     group = {"params": [0], "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
-    kept = {
+    old = {
         "state": {},
         "param_groups": [{**group, "weight_decay": 0, "amsgrad": False}],
     }
     rule, rate = adamjax.scale_by_adam(eps=1e-8), adamjax.scale_by_learning_rate(0.1)
     clip = adamjax.clip_by_global_norm(0.1)
-    convert.from_torch(kept, adamjax.chain(clip, rule, rate), TWO_LEAVES["a"])
+    convert.from_torch(old, adamjax.chain(clip, rule, rate), TWO_LEAVES["a"])
     with pytest.raises(ValueError, match=r"no clip of updates, tx has clip_by_global_norm"):
-        convert.from_torch(kept, adamjax.chain(rule, clip, rate), TWO_LEAVES["a"])
+        convert.from_torch(old, adamjax.chain(rule, clip, rate), TWO_LEAVES["a"])
 
 
 @pytest.mark.parametrize("what", ["decay", "schedule"])
 def test_a_decay_and_a_schedule_outside_of_the_accumulation_are_refused(what):
-    """The loop of torch takes a step for several micro-batches, and decays once for them."""
+    """A loop in torch takes one step for several micro-batches, and decays once in it."""
     rule, params = adamjax.scale_by_adam(eps=1e-8), jnp.zeros(3)
     one, rest, options, message = {
         "decay": (
@@ -1131,7 +1143,7 @@ def test_a_decay_and_a_schedule_outside_of_the_accumulation_are_refused(what):
         ):
             with pytest.raises(ValueError, match=message):
                 call()
-    # One object may be inside of one part, and outside of another.
+    # Of two parts that share a transform, one may have it inside of its accumulation.
     params, old = {"a": params, "b": params}, torch_with_moments([np.ones(3, "f")] * 2, **options)
     tx = adamjax.chain(adamjax.partition([("a", inside)], default=outside), *rest)
     with pytest.raises(ValueError, match=f"'b': .*{message}"):
@@ -1151,20 +1163,20 @@ def test_an_average_that_overwrites_weights_cannot_be_passed_to_a_conversion():
 
 def test_a_parameter_that_torch_never_trained_needs_a_part_of_its_own():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
-    kept = torch_state_dict()
-    del kept["state"][1]
+    old = torch_state_dict()
+    del old["state"][1]
     message = (
         r"'a' has taken 1 steps and 'b' 0.*None in order=.*set_to_zero.*no gradient.*partition; "
         r"each part calls its schedule .* lambda count: schedule\(count \+ 1\)"
     )
     with pytest.raises(ValueError, match=message):
-        convert.from_torch(kept, tx, params)
+        convert.from_torch(old, tx, params)
     apart = adamjax.partition([("a", tx)], default=tx)
-    state = convert.from_torch(kept, apart, params)
+    state = convert.from_torch(old, apart, params)
     assert [int(s[0].count) for s in state] == [1, 0]
-    # torch decays only what has a gradient.
+    # torch does not decay a parameter without a gradient.
     decay = {"weight_decay": 0.1, "decoupled_weight_decay": True}
-    decays = {**torch_state_dict(decay), "state": kept["state"]}
+    decays = {**torch_state_dict(decay), "state": old["state"]}
     adamw = adamjax.adamw(RATE, eps=1e-8, weight_decay=0.1)
     apart = adamjax.partition([("a", adamw)], default=adamw)
     with pytest.raises(ValueError, match=r"none of 'b', .*None in order=.*set_to_zero.*check=F"):
@@ -1174,7 +1186,7 @@ def test_a_parameter_that_torch_never_trained_needs_a_part_of_its_own():
     convert.from_torch(decays, frozen, params, order=["a", None])
     convert.from_torch({**decays, "state": {}}, adamw, params)
     only = adamjax.masked(tx, "a")
-    state = convert.from_torch(kept, only, params, order=["a", None])
+    state = convert.from_torch(old, only, params, order=["a", None])
     assert int(adamjax.step_count(state)) == 1
     with pytest.raises(TypeError, match=r"expected optimizer.state_dict\(\) of torch"):
         convert.from_torch({"state": {}}, tx, params)
