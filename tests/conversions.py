@@ -22,14 +22,8 @@ from adamjax import convert
 
 
 STEPS_BEFORE, STEPS_AFTER = 10, 20  # before and after the conversion
-
-
 RATE = 0.0625  # exact in float32, in which Keras stores it
-
-
 SHAPES = {"embed": {"table": (6, 3)}, "head": {"bias": (4,), "kernel": (3, 4)}}
-
-
 PATHS = ["embed/table", "head/bias", "head/kernel"]
 
 
@@ -272,8 +266,6 @@ def optax_and_adamjax(name):
 
 
 OPTAX_ADAM = optax.adam(RATE)
-
-
 ADAM = adamjax.adam(RATE, eps=1e-8)
 
 
@@ -321,7 +313,7 @@ STEPS_DIFFER = "tx moves an element"
 
 
 def keras_variables(extra=()):
-    """The variables of a Keras Adam of `PARAMS`, and more of them, as pairs (name, array)."""
+    """The variables of a Keras Adam of `PARAMS`, and `extra` ones, as pairs (name, array)."""
     pairs = [("adam/iteration", np.array(1)), ("adam/learning_rate", np.float32(RATE))]
     for path, x in PARAMS.items():
         pairs += [(f"adam/{path}_momentum", x), (f"adam/{path}_velocity", x)]
@@ -354,8 +346,6 @@ NAMED_VARIABLES = [
 
 # The parameters and the rule of `keras_optimizer`.
 KERAS_PARAMS = {"v0": jnp.ones(3), "v1": jnp.ones(3)}
-
-
 KERAS_RULE = adamjax.scale_by_adam(eps_hat=1e-7)
 
 
@@ -418,7 +408,7 @@ def torch_after_a_step(*shapes):
 
 
 def torch_with_moments(arrays, names=None, **options):
-    """The state dict of a torch Adam: m and v of each parameter are one of the arrays."""
+    """The state dict of a torch Adam; array i is m and also v of parameter i."""
     group = {"params": list(range(len(arrays))), "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
     group |= {"weight_decay": 0, "amsgrad": False, **options}
     slots = ("exp_avg", "exp_avg_sq")

@@ -303,8 +303,6 @@ class HeavyBallWithAdamState(NamedTuple):
 
 
 transform_state("m")(HeavyBallState)
-
-
 transform_state("m")(HeavyBallWithAdamState)
 
 

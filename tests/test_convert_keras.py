@@ -1024,9 +1024,9 @@ def test_a_decay_outside_of_the_accumulation_of_keras_is_refused(keras):
 
 
 def test_a_schedule_by_path_within_the_accumulation_of_keras_is_refused(keras):
-    falls = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
     optimizer = keras_optimizer(keras, gradient_accumulation_steps=2)
-    optimizer._learning_rate = falls
+    optimizer._learning_rate = schedule
     rates = adamjax.by_path([("v0", HALVING)], default=HALVING)
     tx = adamjax.accumulate_gradients(adamjax.adam(rates), 2)
     with pytest.raises(ValueError, match="calls a schedule with the number of micro-batches"):
@@ -1046,7 +1046,7 @@ def keras_adam_with_rate(keras, rate, count=0):
 
 def test_a_rate_function_without_arguments_is_compared_at_the_current_step_only(keras):
     """Keras calls it without a step, so later rates are unknown, but they may change."""
-    params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay
+    params = {"w": jnp.ones(3)}
 
     def rate(step=0):
         return 0.1 * 0.5**step
@@ -1060,7 +1060,7 @@ def test_a_rate_function_without_arguments_is_compared_at_the_current_step_only(
         convert.from_keras(optimizer, adamjax.adam(adamjax.constant(0.1)), params)
     optimizer = keras_adam_with_rate(keras, lambda count: 0.1)
     with pytest.raises(ValueError, match=r"cannot be called without arguments, as Keras calls it"):
-        convert.from_keras(optimizer, adamjax.adam(falls(0.1, 100)), params)
+        convert.from_keras(optimizer, adamjax.adam(adamjax.cosine_decay(0.1, 100)), params)
 
 
 def test_a_schedule_of_keras_is_called_with_what_keras_passes(keras):
@@ -1165,16 +1165,19 @@ def test_a_schedule_of_keras_is_compared_closely_with_a_function(keras):
 
 
 def test_a_schedule_of_a_keras_optimizer_is_compared(keras):
-    params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay
+    params = {"w": jnp.ones(3)}
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 1000))
     optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
     for count in (0, 500, 998):
         optimizer._iterations.assign(count)
-        tx = adamjax.adam(falls(0.1, 1000))
+        tx = adamjax.adam(adamjax.cosine_decay(0.1, 1000))
         state = convert.from_keras(optimizer, tx, params)
         assert int(adamjax.step_count(state)) == count
         convert.to_keras(state, tx, params, optimizer)
-        for other in (falls(0.2, 1000), falls(0.1, 990) if count else 0.2):
+        for other in (
+            adamjax.cosine_decay(0.2, 1000),
+            adamjax.cosine_decay(0.1, 990) if count else 0.2,
+        ):
             with pytest.raises(ValueError, match="from_keras: 'w': Keras has a learning rate of"):
                 convert.from_keras(optimizer, adamjax.adam(other), params)
 
@@ -1303,7 +1306,7 @@ def test_schedules_of_keras_that_adamjax_does_not_have_are_called(keras):
 
 def test_variables_of_keras_without_a_rate_show_a_schedule(keras):
     """A constant rate has a variable, `adam/learning_rate`; a schedule has none."""
-    params, falls = {"w": jnp.ones(3)}, adamjax.cosine_decay(0.1, 1000)
+    params, cosine = {"w": jnp.ones(3)}, adamjax.cosine_decay(0.1, 1000)
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 1000))
     optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
     current = [(v.path, np.asarray(v)) for v in optimizer.variables]
@@ -1318,9 +1321,9 @@ def test_variables_of_keras_without_a_rate_show_a_schedule(keras):
             ):
                 convert.from_keras(variables, tx, params)
         for tx in (
-            adamjax.adam(falls),
+            adamjax.adam(cosine),
             adamjax.adam(adamjax.constant(0.1)),
-            adamjax.adam(adamjax.by_path([("w", falls)], default=0.1)),
+            adamjax.adam(adamjax.by_path([("w", cosine)], default=0.1)),
             adamjax.with_hyperparams(constant, learning_rate=0.1),
         ):
             convert.from_keras(variables, tx, params)
@@ -1337,8 +1340,8 @@ def test_variables_of_keras_without_a_rate_show_a_schedule(keras):
 
 
 def test_counts_that_differ_do_not_go_to_keras(keras):
-    falls = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
-    optimizer = keras.optimizers.Adam(falls)
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
+    optimizer = keras.optimizers.Adam(schedule)
     optimizer.build([keras.Variable(np.ones(3), name=name) for name in KERAS_PARAMS])
     tx = adamjax.chain(adamjax.skip_not_finite(KERAS_RULE), adamjax.scale_by_learning_rate(HALVING))
     state = tx.init(KERAS_PARAMS)
@@ -1430,12 +1433,12 @@ def test_a_frozen_variable_of_keras_must_not_move(keras):
             message = r"'v1': Keras has a variable with trainable=False, tx has .*give None for it"
             with pytest.raises(ValueError, match=message):
                 call()
-    still = adamjax.chain(adamw, adamjax.masked(zero, "v1"))
-    state = convert.from_keras(optimizer, still, params)
-    convert.to_keras(state, still, params, optimizer)
-    rest = adamjax.partition([("v1", zero)], default=adamw)
-    state = convert.from_keras(optimizer, rest, params, order=["v0", None])
-    convert.to_keras(state, rest, params, optimizer, order=["v0", None])
+    frozen_by_tx = adamjax.chain(adamw, adamjax.masked(zero, "v1"))
+    state = convert.from_keras(optimizer, frozen_by_tx, params)
+    convert.to_keras(state, frozen_by_tx, params, optimizer)
+    without_v1 = adamjax.partition([("v1", zero)], default=adamw)
+    state = convert.from_keras(optimizer, without_v1, params, order=["v0", None])
+    convert.to_keras(state, without_v1, params, optimizer, order=["v0", None])
 
 
 # --- averages -------------------------------------------------------------------------------------

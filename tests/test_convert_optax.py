@@ -107,8 +107,8 @@ def test_a_run_with_narrow_parameters_and_float32_moments_continues(dtype):
     converted = convert.from_optax(state, ours, wide, theirs)
     assert {x.dtype.name for x in jax.tree.leaves(adamjax.get_slot(converted, "v"))} == {"float32"}
     actual, _ = run(ours, adamjax.apply_updates, middle, converted, noises[10:])
-    # optax' 1 - b2**t is off by 6e-8 / (1 - b2**t), 5e-6 at t = 11, half of which is in a step:
-    # 20 steps of 1/16 move by 3e-6 more or less. bfloat16 may round such a sum to its neighbour.
+    # optax' 1 - b2**t is off by 6e-8 / (1 - b2**t), 5e-6 at t = 11. The root halves this, so that
+    # 20 steps of 1/16 are off by 3e-6. bfloat16 may round such a sum to its neighbour.
     assert_close(actual, expected, rtol=3e-6 if dtype == "float32" else 2**-7)
     if dtype == "bfloat16":
         near = [

@@ -42,14 +42,8 @@ INJECTED_RATE, INJECTED_DECAY = (
 
 
 INJECTED_CLIP = INJECT(optax.clip_by_global_norm)
-
-
-DROP_AT_64 = adamjax.piecewise_constant([64], [0.1, 0.01])
-
-
+DROP_AFTER_64 = adamjax.piecewise_constant([64], [0.1, 0.01])
 LINEAR_TO_0 = optax.linear_schedule(1e-3, 0.0, 1000)
-
-
 ONLY_A = {"a": True, "b": False}
 
 
@@ -113,8 +107,6 @@ def jump_at(count, before, after):
 
 
 SMALL_DECAY_SGD = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1))
-
-
 SGD_BESIDE_ADAM = optax.multi_transform({"x": optax.adam(0.1), "y": SMALL_DECAY_SGD}, LABELS)
 
 
@@ -314,10 +306,10 @@ CONTINUES_DIFFERENTLY = {
         STEPS_DIFFER,
     ),
     "schedules before and after": (
-        optax.chain(optax.scale_by_schedule(HALVING), optax.adam(DROP_AT_64)),
+        optax.chain(optax.scale_by_schedule(HALVING), optax.adam(DROP_AFTER_64)),
         adamjax.chain(
             adamjax.scale(-1.0),
-            adamjax.scale_by_learning_rate(DROP_AT_64),
+            adamjax.scale_by_learning_rate(DROP_AFTER_64),
             adam_like_optax(HALVING),
         ),
         2,
@@ -495,24 +487,24 @@ DIFFERENT_LATER_STEPS = {
             adamjax.clip_by_global_norm(1.0), adamjax.accumulate_gradients(adam_like_optax(), 2)
         ),
     ),
-    "a schedule, much later": (optax.adam(DROP_AT_64), adam_like_optax(0.1)),
+    "a schedule, much later": (optax.adam(DROP_AFTER_64), adam_like_optax(0.1)),
     "a clip of updates": (
         optax.chain(optax.scale_by_adam(), optax.clip(1.5), optax.scale(-0.1)),
         adam_like_optax(),
     ),
     "another schedule, much later": (
-        optax.adam(lambda count: DROP_AT_64(count) * jnp.where(count > 3000, 0.1, 1)),
-        adam_like_optax(DROP_AT_64),
+        optax.adam(lambda count: DROP_AFTER_64(count) * jnp.where(count > 3000, 0.1, 1)),
+        adam_like_optax(DROP_AFTER_64),
     ),
     "a schedule of the second rule": (
-        optax.chain(optax.adam(0.1), optax.adam(DROP_AT_64)),
+        optax.chain(optax.adam(0.1), optax.adam(DROP_AFTER_64)),
         adamjax.chain(adam_like_optax(0.1), adam_like_optax(0.1)),
     ),
     "schedules before and after": (
-        optax.chain(optax.scale_by_schedule(HALVING), optax.adam(DROP_AT_64)),
+        optax.chain(optax.scale_by_schedule(HALVING), optax.adam(DROP_AFTER_64)),
         adamjax.chain(
             adamjax.scale(-1.0),
-            adamjax.scale_by_learning_rate(DROP_AT_64),
+            adamjax.scale_by_learning_rate(DROP_AFTER_64),
             adam_like_optax(HALVING),
         ),
     ),
@@ -695,10 +687,12 @@ DIFFERENT_LATER_STEPS = {
         adamjax.adam(nearly_stops, eps=1e-7),
     ),
     "a schedule of calls": (
-        optax.chain(multi_steps(optax.adam(0.1), 2), optax.scale_by_schedule(DROP_AT_64)),
+        optax.chain(multi_steps(optax.adam(0.1), 2), optax.scale_by_schedule(DROP_AFTER_64)),
         adamjax.accumulate_gradients(
             adamjax.chain(
-                adam_like_optax(), adamjax.scale(-1.0), adamjax.scale_by_learning_rate(DROP_AT_64)
+                adam_like_optax(),
+                adamjax.scale(-1.0),
+                adamjax.scale_by_learning_rate(DROP_AFTER_64),
             ),
             2,
         ),
@@ -815,8 +809,8 @@ SAME_STEPS = {
         adam_like_optax(lambda count: 1e-3 * (1 - count / 1000)),
     ),
     "a schedule of another name": (
-        INJECT(lambda lr: optax.adam(lr))(lr=DROP_AT_64),
-        adam_like_optax(DROP_AT_64),
+        INJECT(lambda lr: optax.adam(lr))(lr=DROP_AFTER_64),
+        adam_like_optax(DROP_AFTER_64),
     ),
     "momentum in one part": (
         optax.multi_transform({"x": optax.adam(0.1), "y": optax.sgd(0.1, momentum=0.9)}, LABELS),
@@ -863,18 +857,18 @@ SAME_STEPS = {
         adamjax.accumulate_gradients(LIKE_CLIPPED, 2),
     ),
     "a schedule of a part without a rule": (
-        optax.multi_transform({"x": optax.adam(0.1), "y": optax.sgd(DROP_AT_64)}, LABELS),
+        optax.multi_transform({"x": optax.adam(0.1), "y": optax.sgd(DROP_AFTER_64)}, LABELS),
         adamjax.partition(
-            [("a", adam_like_optax())], default=adamjax.scale_by_learning_rate(DROP_AT_64)
+            [("a", adam_like_optax())], default=adamjax.scale_by_learning_rate(DROP_AFTER_64)
         ),
     ),
     "micro-batches of a part without a rule": (
         optax.multi_transform(
-            {"x": optax.adam(0.1), "y": multi_steps(optax.sgd(DROP_AT_64), 2)}, LABELS
+            {"x": optax.adam(0.1), "y": multi_steps(optax.sgd(DROP_AFTER_64), 2)}, LABELS
         ),
         adamjax.partition(
             [("a", adam_like_optax())],
-            default=adamjax.accumulate_gradients(adamjax.scale_by_learning_rate(DROP_AT_64), 2),
+            default=adamjax.accumulate_gradients(adamjax.scale_by_learning_rate(DROP_AFTER_64), 2),
         ),
     ),
     "one rate, and parts that use it differently": (
@@ -890,15 +884,15 @@ SAME_STEPS = {
         adam_like_optax(adamjax.constant(0.1)),
     ),
     "a product of schedules": (
-        optax.chain(optax.adam(HALVING), optax.scale_by_schedule(DROP_AT_64)),
-        adam_like_optax(lambda count: HALVING(count) * DROP_AT_64(count)),
+        optax.chain(optax.adam(HALVING), optax.scale_by_schedule(DROP_AFTER_64)),
+        adam_like_optax(lambda count: HALVING(count) * DROP_AFTER_64(count)),
     ),
     "a schedule of steps and one of calls": (
-        optax.chain(multi_steps(optax.adam(HALVING), 2), optax.scale_by_schedule(DROP_AT_64)),
+        optax.chain(multi_steps(optax.adam(HALVING), 2), optax.scale_by_schedule(DROP_AFTER_64)),
         adamjax.chain(
             adamjax.accumulate_gradients(adam_like_optax(HALVING), 2),
             adamjax.scale(-1.0),
-            adamjax.scale_by_learning_rate(DROP_AT_64),
+            adamjax.scale_by_learning_rate(DROP_AFTER_64),
         ),
     ),
     "an injected adaptive clip": (
@@ -1605,13 +1599,13 @@ TAKES_OTHER_DTYPES = pytest.mark.skipif(
     "steps", [1, pytest.param(2, marks=[pytest.mark.slow, TAKES_OTHER_DTYPES])]
 )
 def test_wide_weights_with_narrow_moments_are_compared_closely(steps):
-    theirs = optax.adam(DROP_AT_64, mu_dtype=jnp.bfloat16)
+    theirs = optax.adam(DROP_AFTER_64, mu_dtype=jnp.bfloat16)
     later = adamjax.piecewise_constant([66], [0.1, 0.01])
     all_ours = [
         adam_like_optax(rate)
-        for rate in (DROP_AT_64, lambda count: 1.005 * DROP_AT_64(count), later)
+        for rate in (DROP_AFTER_64, lambda count: 1.005 * DROP_AFTER_64(count), later)
     ]
-    all_ours.append(adamjax.adamw(DROP_AT_64, eps=1e-8, weight_decay=1e-6))
+    all_ours.append(adamjax.adamw(DROP_AFTER_64, eps=1e-8, weight_decay=1e-6))
     if steps > 1:
         theirs = multi_steps(theirs, steps)
         all_ours = [adamjax.accumulate_gradients(tx, steps) for tx in all_ours]
@@ -1654,7 +1648,7 @@ LARGE = {"table": jnp.full((9_000, 8), 1.0), "rows": jnp.ones((8_000, 9)), "b": 
 
 
 def sampled_rows(theirs, ours, params):
-    """The number of sampled rows of each leaf, by path; `None` if whole leaves take all steps."""
+    """The number of rows of each leaf in the sample; `None` if whole leaves take all steps."""
     state = initial_state("test", ours, params)
     sample = sampled(state, theirs, theirs.init(params))
     return None if sample is None else [len(p) for p in sample[0].params.values()]

@@ -167,14 +167,14 @@ def adamw_like_groups(rate):
 def test_a_run_with_groups_and_a_scheduler_continues(torch, x64):
     noises = new_noises()
     theirs = TorchRun(torch, adamw_with_groups, new_params(), GROUPED_PATHS)
-    falls = torch.optim.lr_scheduler.LambdaLR(theirs.optimizer, lambda t: 1 / (1 + 0.1 * t))
-    theirs.run(noises[:STEPS_BEFORE], falls.step)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(theirs.optimizer, lambda t: 1 / (1 + 0.1 * t))
+    theirs.run(noises[:STEPS_BEFORE], scheduler.step)
     middle = jax.tree.map(jnp.asarray, theirs.params)
     rates = [adamjax.inverse_time_decay(lr, 1, 0.1) for lr in (RATE, 0.03)]
     ours = adamw_like_groups(adamjax.by_path([("kernel$", rates[0])], default=rates[1]))
     old = theirs.optimizer.state_dict()
     state = convert.from_torch(old, ours, middle, order=GROUPED_PATHS)
-    expected = theirs.run(noises[STEPS_BEFORE:], falls.step)
+    expected = theirs.run(noises[STEPS_BEFORE:], scheduler.step)
     actual, after = run_adamjax(ours, middle, state, noises[STEPS_BEFORE:])
     assert_close(actual, expected, rtol=1e-12)
     back = convert.to_torch(
@@ -299,7 +299,7 @@ def test_a_run_of_torch_continues_in_exact_rows(torch, x64):
 
 
 def test_float32_and_bfloat16_tensors_are_converted(torch):
-    """Runs in float32 differ by rounding only. bfloat16 tensors are no arrays of NumPy."""
+    """float32 runs differ by rounding only. torch cannot make NumPy arrays of bfloat16 tensors."""
     noises = new_noises(dtype=np.float32)
     theirs = TorchRun(torch, TORCH_AND_ADAMJAX["adam"][0], new_params(np.float32))
     ours = adamjax.adam(RATE, eps=1e-8)
