@@ -15,6 +15,9 @@ from adamjax.convert.values import number_of
 
 __all__ = ["Translation", "expect_product", "expect_slots", "nadam_product"]
 
+# The size of gradients for which Adamax is compared where a leaf has had none.
+_FIRST_GRADIENT = 0.01
+
 
 def expect_slots(owner: str, system: System, kind: str, path: str, moments: LeafMoments) -> None:
     """Refuses a leaf's slots if they are not those of this kind of rule."""
@@ -83,9 +86,10 @@ class Translation(StateFiller):
     def to_adamjax(self, rule: Any, kind: str, path: str, moments: LeafMoments) -> Slots | None:
         """The slots of a leaf by adamjax's names; `None` if it has taken no step yet."""
         expect_slots(self.owner, self.system, kind, path, moments)
-        if moments.slots is None:
-            return None
         names, count = self.system.slot_names[kind], moments.count
+        if moments.slots is None:
+            self._expect_close(rule, kind, path, count, {})
+            return None
         slots = {name: moments.slots[their_name] for name, their_name in names.items()}
         self._expect_close(rule, kind, path, count, slots)
         self._expect_possible(rule, kind, path, count, slots)
@@ -117,7 +121,7 @@ class Translation(StateFiller):
 
     def _expect_close(self, rule: Any, kind: str, path: str, count: int, slots: Slots) -> None:
         difference, why = self._difference(rule, kind, count, slots)
-        if difference > self.rtol:
+        if difference > self.rtol * (1 + 1e-9):
             percent = f"{100 * float(f'{difference:.1g}'):g}%"
             raise ValueError(
                 f"{self.owner}: {self.system.name}'s {kind} is not that of adamjax: {why}. "
@@ -132,7 +136,7 @@ class Translation(StateFiller):
         The pair is (0, "") if the rules have the same form.
 
         Args:
-          slots: by adamjax's names; Adamax' `u` with epsilon inside.
+          slots: by adamjax's names; Adamax' `u` with epsilon inside. Empty before the first step.
         """
         if kind == "amsgrad" and self.system.corrected_maximum:
             # In the next step, one of the two maxima is bias-corrected and the other is not.
@@ -149,13 +153,18 @@ class Translation(StateFiller):
                 "difference"
             )
         if kind == "adamax" and self.system.eps_inside_maximum:
-            is_moving = np.asarray(slots["m"]) != 0
+            why = "it adds epsilon inside the maximum, so epsilon decays with it; "
+            is_moving = np.asarray(slots["m"]) != 0 if slots else np.zeros(1, bool)
+            if not np.any(is_moving):
+                return float(rule.eps) / _FIRST_GRADIENT, (
+                    f"{why}the difference is that for gradients of {_FIRST_GRADIENT}, because this "
+                    "leaf has had none"
+                )
             u = np.real(np.asarray(slots["u"])).astype(np.float64)
             smallest = float(np.min(u, where=is_moving, initial=np.inf))
             return (math.inf if smallest == 0 else float(rule.eps) / smallest), (
-                "it adds epsilon inside the maximum, so epsilon decays with it; the smallest "
-                f"maximum here is {smallest:.1g}, and the larger the maximum, the smaller the "
-                "difference"
+                f"{why}the smallest maximum here is {smallest:.1g}, and the larger the maximum, "
+                "the smaller the difference"
             )
         return 0.0, ""
 

@@ -17,7 +17,7 @@ from adamjax.convert.source import Hyperparams, LeafMoments
 from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import leaves_by_path, same_decay, same_value
 from adamjax.exact import exact_rows
-from adamjax.guard import AccumulateGradientsState
+from adamjax.guard import AccumulateGradientsState, accumulate_gradients
 from adamjax.hyperparams import with_hyperparams
 from adamjax.paths import leaf_paths
 from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate, set_to_zero
@@ -100,6 +100,8 @@ class _Check:
         # For each leaf with a stated rate, whether anything in tx scales its updates.
         has_rate: dict[str, bool] = {}
         trained = {path for path, x in moments.items() if not x[-1].hyperparams.get("is_frozen")}
+        # The number of calls in a step, with the first leaf that has it.
+        calls: dict[int, str] = {}
         for path, leaf_moments in moments.items():
             route = [part for part, paths in self.innermost_parts_and_paths if path in paths]
             rules = [i for i, part in enumerate(route) if isinstance(part.tx, Rule)]
@@ -108,6 +110,7 @@ class _Check:
             elif path not in trained:
                 self._expect_frozen(path, route[rules[-1] :])
             else:
+                calls.setdefault(self._calls_of_a_step(path, [route[i] for i in rules]), path)
                 for i, of_rule in zip(rules, leaf_moments, strict=True):
                     self._check_rule(path, route[i], of_rule.hyperparams)
                     self._check_direction(path, route[:i], of_rule.hyperparams)
@@ -130,6 +133,14 @@ class _Check:
                 self._check_schedule(path, route[last:], hyperparams)
                 self._check_decay(path, route[:last], route[last:], hyperparams)
 
+        if len(calls) > 1:
+            (one, first), (other, second), *_ = calls.items()
+            self._refuse(
+                second,
+                "steps of all leaves at the same calls",
+                f"steps of {other} calls for this leaf, and of {one} for {first!r}",
+                "accumulate the gradients of all leaves over the same number of calls",
+            )
         self._expect_leaves_without_moments_frozen(moments)
         without_rate = [path for path, has in has_rate.items() if not has]
         if without_rate:
@@ -139,6 +150,27 @@ class _Check:
                 f"none for {'this leaf, and one for others' if any(has_rate.values()) else 'any'}",
                 "put scale_by_learning_rate after its rule",
             )
+
+    def _calls_of_a_step(self, path: str, rules: Sequence[Part]) -> int:
+        """How many calls of `update` make a step of a leaf.
+
+        Refuses an accumulate_gradients on the leaf's route that is not around its rules. Around a
+        clip or a rate alone, it gives the rule a gradient of 0 in most of its steps, or drops them.
+        """
+        around = {id(part) for rule in rules for part in self.ours.around(rule)}
+        calls = 1
+        for part, paths in self.parts_and_paths:
+            if path not in paths or not isinstance(part.tx, accumulate_gradients):
+                continue
+            if id(part) not in around:
+                self._refuse(
+                    path,
+                    "its rule inside any accumulation of gradients",
+                    f"{part.tx!r} beside the rule {rules[-1].tx!r}",
+                    "put the rule inside: accumulate_gradients(chain(..., rule, ...), steps)",
+                )
+            calls *= int(part.tx.steps)
+        return calls
 
     def _expect_leaves_without_moments_frozen(
         self, moments: Mapping[str, list[LeafMoments]]

@@ -262,7 +262,8 @@ def from_optax(
       check: whether to refuse a state with which the run would not go on as before; see
         `adamjax.convert`. If false, no steps are compared.
       rtol: how much the steps of both may differ, relatively, where optax'
-        rule has another form (AMSGrad, Nadam, Adamax). At least 0.
+        rule has another form (AMSGrad, Nadam, Adamax). At least 0. For a leaf of Adamax that has
+        had no gradient, the difference is that for gradients of 0.01.
 
     Returns:
       A state like that of `tx.init(params)`. Its arrays are copies. Schedules go on from the count
