@@ -1,4 +1,4 @@
-"""The benchmarks: suites run, and reports say what was measured, no more."""
+"""Suites run, reports quote only what was measured, and `--compare` lists what changed."""
 
 import copy
 import importlib
@@ -55,7 +55,7 @@ def test_compile_runs_with_quick(tmp_path):
         "compile", "--quick", "--rounds", "2", "--out", "compile.json", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert "\r" not in done.stderr  # no progress bar where nobody looks
+    assert "\r" not in done.stderr  # no progress bar, as stderr is not a terminal
     results = json.loads((tmp_path / "compile.json").read_text())
     assert results["quick"]
     assert {row["what"] for row in results["times"]} == {"trace and lower", "compile"}
@@ -88,8 +88,8 @@ def test_memory_runs_with_quick(tmp_path):
     assert "exact_rows" in tables.SUITES["memory"](results)
 
 
-def test_all_runs_every_suite_and_names_what_failed(monkeypatch, tmp_path, capsys):
-    commands, reports = [], []
+def test_all_runs_every_suite_and_names_those_that_failed(monkeypatch, tmp_path, capsys):
+    commands, arguments_of_report = [], []
 
     def pretend_to_run(command, **options):
         commands.append(command)
@@ -97,13 +97,13 @@ def test_all_runs_every_suite_and_names_what_failed(monkeypatch, tmp_path, capsy
         return subprocess.CompletedProcess(command, status)
 
     monkeypatch.setattr(all_suites.subprocess, "run", pretend_to_run)
-    monkeypatch.setattr(all_suites.report, "main", reports.append)
+    monkeypatch.setattr(all_suites.report, "main", arguments_of_report.append)
     assert all_suites.main(["--quick", "--out", str(tmp_path)]) == 1
     for suite, command in zip(all_suites.SUITES, commands, strict=True):
         assert command[1:4] == ["-m", "benchmarks", suite]
         assert "--quick" in command
         assert command[-2:] == ["--out", str(tmp_path / f"{suite}.json")]
-    assert reports == [[str(tmp_path)]]
+    assert arguments_of_report == [[str(tmp_path)]]
     assert "failed: rows" in capsys.readouterr().err
 
 
@@ -111,15 +111,15 @@ def test_all_runs_every_suite_and_names_what_failed(monkeypatch, tmp_path, capsy
 
 
 def test_bandwidth_is_plausible():
-    found = measure.spread(measure.bandwidth_samples(2**22, 3))
-    assert 1e8 < found["q25"] <= found["median"] <= found["q75"] < 1e14
+    bandwidth = measure.spread(measure.bandwidth_samples(2**22, 3))
+    assert 1e8 < bandwidth["q25"] <= bandwidth["median"] <= bandwidth["q75"] < 1e14
 
 
-def test_the_device_of_a_cpu(monkeypatch):
+def test_a_cpu_has_no_memory_of_its_own_and_is_not_exclusive(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.chdir(ROOT)
-    found = measure.device(quick=True)
-    assert (found.platform, found.memory, found.exclusive) == ("cpu", None, False)
+    device = measure.device(quick=True)
+    assert (device.platform, device.memory, device.exclusive) == ("cpu", None, False)
 
 
 def test_the_bandwidth_of_results_is_measured_before_and_after_them(monkeypatch):
@@ -130,8 +130,8 @@ def test_the_bandwidth_of_results_is_measured_before_and_after_them(monkeypatch)
 
 
 @pytest.mark.parametrize("package", ["adamjax", "optax", "keras"])
-def test_a_chain_clips_in_every_package_whether_leaves_are_joined_or_not(package, monkeypatch):
-    """After a clip, gradients far above the norm make the same step whatever their size."""
+def test_both_clip_chains_clip_in_every_package(package, monkeypatch):
+    """Clipped gradients far above the norm make the same step, whatever their size."""
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     pytest.importorskip(package)
 
@@ -158,7 +158,7 @@ def test_the_least_bytes_of_a_dense_step():
         for dtype in ("float32", "bfloat16")
         for chain in ("adam", "clip + adam")
     ]
-    # read p, g, m, v, write p, m, v; a clip reads g twice; moments of bfloat16 are in float32
+    # Reads p, g, m and v; writes p, m and v. A clip reads g twice. Moments are in float32.
     assert per_parameter == [28, 32, 22, 24]
 
 
@@ -166,24 +166,24 @@ def test_the_least_bytes_of_a_step_on_rows():
     rows, width, reads = 1000, 8, 16
     case = contenders.Case(rows, width, reads, "uniform")
     distinct = 15.5  # on average
-    # p, m and v are read and written, of the distinct rows or of the whole table.
+    # Reads and writes p, m and v of the distinct rows or of the whole table.
     touched, whole = (6 * 4 * n * width for n in (distinct, rows))
     batch = 4 * reads * width + 4 * reads  # values and indices
     assert contenders.least_bytes("exact", case, distinct) == touched + batch
     assert contenders.least_bytes("optax", case, distinct) == whole + batch
 
 
-def test_a_fraction_is_the_time_that_the_bytes_need_divided_by_the_time_of_the_step():
+def test_the_fraction_of_the_limit_is_the_time_for_the_bytes_divided_by_the_time_of_the_step():
     ms = {"median": 4.0, "q25": 2.0, "q75": 8.0}
-    share = measure.fraction_of_limit(1e6, ms, {"median": 1e9, "q25": 0.5e9, "q75": 2e9})
-    assert share == {"median": 0.25, "q25": 0.125, "q75": 0.5}
+    fraction = measure.fraction_of_limit(1e6, ms, {"median": 1e9, "q25": 0.5e9, "q75": 2e9})
+    assert fraction == {"median": 0.25, "q25": 0.125, "q75": 0.5}
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
-def test_the_commit_has_a_mark_if_files_are_not_as_committed(tmp_path):
+def test_the_commit_is_marked_dirty_if_files_differ_from_it(tmp_path):
     def git(*arguments):
-        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
-        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        command = ["git", "-C", str(tmp_path), *author, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     assert measure.commit(tmp_path) is None
@@ -195,11 +195,11 @@ def test_the_commit_has_a_mark_if_files_are_not_as_committed(tmp_path):
     git("add", ".")
     git("commit", "-m", "first")
     head = git("rev-parse", "--short", "HEAD")
-    (results / "dense.json").write_text("2")  # what a run writes
+    (results / "dense.json").write_text("2")  # as a run does
     assert measure.commit(tmp_path) == head
     (tmp_path / "code.py").write_text("2")
     assert measure.commit(tmp_path) == f"{head}-dirty"
-    # As if the project lay in a folder of another repository, whose commit says nothing of it.
+    # As if the project was a folder of another repository, whose commit is not the project's.
     assert measure.commit(results) is None
 
 
@@ -241,7 +241,7 @@ def test_contenders_share_a_process_where_only_one_can_use_the_device(monkeypatc
 
 
 def leaves_of(node):
-    """The values of JSON, however deep in dicts and lists."""
+    """The values in nested dicts and lists."""
     if isinstance(node, dict):
         node = list(node.values())
     if isinstance(node, list):
@@ -272,27 +272,27 @@ def with_bandwidth(results):
 
 
 def assert_quotes_only(summary, results):
-    """Every number in the summary is one of the results, part of a name, or a count of cases."""
-    found = [x for x in numbers(results) if x]
+    """Every number in the summary is in the results, in a name, or a count of cases or targets."""
+    measured = [x for x in numbers(results) if x]
     shares = [
         100 * row["temporary_bytes"] / row["parameter_bytes"] for row in results["memory"]["dense"]
     ]
     # A summary also has reciprocals of ratios, megabytes, percentages and gigabytes a second.
-    known = [*found, *(1 / x for x in found), *(x / 1e6 for x in found), *shares]
+    known = [*measured, *(1 / x for x in measured), *(x / 1e6 for x in measured), *shares]
     known += [results[s]["bandwidth"]["median"] / 1e9 for s in results if "bandwidth" in results[s]]
     forms = (".0f", ",.1f", ".2f", ".2g", ".3g")
-    shown = {format(x, form) for x in known for form in forms}
-    shown |= {f"{x:,}" for x in found if isinstance(x, int)}
-    # Longer names first, as they may contain shorter ones.
+    formatted = {format(x, form) for x in known for form in forms}
+    formatted |= {f"{x:,}" for x in measured if isinstance(x, int)}
+    # Remove longer names first, because they may contain shorter ones.
     for name in sorted(set(texts(results)), key=len, reverse=True):
         summary = summary.replace(name, "")
     summary = re.sub(r"(\d+) (cases|targets|are missed)", "", summary)
     numerals = set(re.findall(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?", summary))
     assert len(numerals) > 10
-    assert {x.rstrip(",") for x in numerals} <= shown
+    assert {x.rstrip(",") for x in numerals} <= formatted
 
 
-def test_the_report_has_every_suite_and_quotes_what_was_measured(committed):
+def test_the_report_has_every_suite_and_quotes_only_what_was_measured(committed):
     assert {"dense", "rows", "compile", "memory"} <= committed.keys()
     text = report.text(committed)
     for suite, (title, _) in report.SECTIONS.items():
@@ -310,25 +310,25 @@ def test_the_report_has_every_suite_and_quotes_what_was_measured(committed):
 
 def test_the_summary_names_slow_cases_and_missed_targets(committed):
     before = report.summary(with_bandwidth(committed))
-    doctored = copy.deepcopy(committed)
-    for row in doctored["dense"]["times"]:
+    changed = copy.deepcopy(committed)
+    for row in changed["dense"]["times"]:
         row["ratio"]["keras"] = {"median": 0.9, "q25": 0.8, "q75": 1.0}
-    slow = doctored["dense"]["times"][2]
+    slow = changed["dense"]["times"][2]
     slow["ratio"]["keras"] = {"median": 4.44, "q25": 4.0, "q75": 5.0}
-    bound = doctored["rows"]["bounds"][0]
+    bound = changed["rows"]["bounds"][0]
     bound |= {"measured": 12.5, "holds": False}
-    for row in doctored["rows"]["times"]:
+    for row in changed["rows"]["times"]:
         row["ratio"]["exact"]["torch sparse"] = {"median": 0.5, "q25": 0.4, "q75": 0.6}
-    written = report.summary(doctored)
-    assert "0.90 to 4.44 of the time with Keras" in written
+    after = report.summary(changed)
+    assert "0.90 to 4.44 of the time with Keras" in after
     case = f"{slow['workload']}, {slow['chain']}"
-    assert f"Keras in one case: 4.4 times the time ({case})" in written
-    assert f"- {bound['what']}: 12.5 (target: {bound['asked']})\n" in written
-    # In the committed results torch may be faster in some cases, in the doctored ones in none.
+    assert f"Keras in one case: 4.4 times the time ({case})" in after
+    assert f"- {bound['what']}: 12.5 (target: {bound['asked']})\n" in after
+    # torch may be faster in some cases of the committed results, but in none of the changed ones.
     slower = sum(r["ratio"]["exact"]["torch sparse"]["q25"] > 1 for r in committed["rows"]["times"])
     if slower > 1:
         assert f"torch's SparseAdam in {slower} cases" in before
-    assert "torch's SparseAdam in" not in written
+    assert "torch's SparseAdam in" not in after
 
 
 def test_quick_runs_are_not_reported_as_measurements(committed):
@@ -372,12 +372,12 @@ def verdicts(old, new):
     return {name: compare.verdict(before[name], after[name]) for name in before}
 
 
-def test_nothing_changed_from_results_to_themselves(committed):
+def test_results_compared_with_themselves_show_no_change(committed):
     for path in CPU.glob("*.json"):
         results = compare.loaded(path)
         assert set(verdicts(results, results).values()) <= {"same", "within the noise"}
         assert len(compare.figures(results)) > 10
-        # The suite, A, B and the counts: no line for a figure.
+        # The lines of the suite, of A, of B and of the counts, and none of a figure.
         assert len(compare.compared(results, results).splitlines()) == 4
 
 
@@ -388,10 +388,10 @@ def test_changes_beyond_the_noise_are_listed(committed):
     ms[0]["adamjax"] = scaled(ms[0]["adamjax"], 0.5)
     ms[1]["adamjax"] = scaled(ms[1]["adamjax"], 2)
     ms[2]["adamjax"] = scaled(ms[2]["adamjax"], 1.01)
-    found = verdicts(old, new)
+    verdict_of = verdicts(old, new)
     cases = [f"{row['workload']}, {row['chain']}" for row in old["times"]]
-    verdict = [found["times", case, "ms", "adamjax"] for case in cases[:4]]
-    assert verdict == ["faster", "slower", "within the noise", "within the noise"]
+    of_cases = [verdict_of["times", case, "ms", "adamjax"] for case in cases[:4]]
+    assert of_cases == ["faster", "slower", "within the noise", "within the noise"]
     text = compare.compared(old, new)
     assert re.search(rf"faster +times / {re.escape(cases[0])} / ms / adamjax: .*, 0.5 times", text)
     assert re.search(rf"slower +times / {re.escape(cases[1])} / ms / adamjax: .*, 2 times", text)
@@ -401,7 +401,7 @@ def test_changes_beyond_the_noise_are_listed(committed):
     assert cases[2] in compare.compared(old, new, everything=True)
 
 
-def test_a_larger_fraction_of_the_bandwidth_is_faster_but_few_rounds_prove_nothing(committed):
+def test_a_larger_fraction_is_faster_but_too_few_rounds_have_no_verdict(committed):
     old = with_bandwidth(committed)["rows"]
     old["times"][0]["rounds"], old["times"][1]["rounds"] = 2, compare.ENOUGH
     new = copy.deepcopy(old)
@@ -409,10 +409,10 @@ def test_a_larger_fraction_of_the_bandwidth_is_faster_but_few_rounds_prove_nothi
     for row in (too_few, enough):
         row["ms"]["exact"] = scaled(row["ms"]["exact"], 0.1)
         row["fraction"]["exact"] = scaled(row["fraction"]["exact"], 10)
-    found = verdicts(old, new)
-    assert found["times", enough["case"], "ms", "exact"] == "faster"
-    assert found["times", enough["case"], "fraction", "exact"] == "faster"
-    assert found["times", too_few["case"], "ms", "exact"] == compare.TOO_FEW
+    verdict_of = verdicts(old, new)
+    assert verdict_of["times", enough["case"], "ms", "exact"] == "faster"
+    assert verdict_of["times", enough["case"], "fraction", "exact"] == "faster"
+    assert verdict_of["times", too_few["case"], "ms", "exact"] == compare.TOO_FEW
 
 
 def test_a_bound_that_no_longer_holds_is_listed(committed):
@@ -430,7 +430,7 @@ def test_changed_bytes_are_listed(committed):
     assert "3 times" in text
 
 
-def test_what_cannot_be_compared_is_refused(committed, tmp_path, capsys):
+def test_results_that_cannot_be_compared_are_refused(committed, tmp_path, capsys):
     paths = {suite: str(CPU / f"{suite}.json") for suite in ("dense", "rows")}
     assert cli.main(["--compare", paths["dense"], paths["rows"]]) == 2
     assert "different suites, 'dense' and 'rows'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Coasting against the recurrence itself, step by step in float64."""
+"""Rows that catch up at once against the recurrence, step by step in float64."""
 
 import functools
 import math
@@ -41,7 +41,7 @@ CASES = [
 ]
 
 
-def plan_of(form, betas, eps=1e-7, momentum=None, decays=False):
+def make_plan(form, betas, eps=1e-7, momentum=None, decays=False):
     return coasting_plan(COASTS[form](*betas, eps), momentum, decays)
 
 
@@ -60,7 +60,7 @@ def step_scalars(plan, steps_before, steps, real, decay):
 
 
 def initial_rows(n, eps, real, least, most):
-    """p, m, x and averages of n rows. Some x and m are 0; x / eps is in [least, most] elsewhere."""
+    """p, m, x and averages of n rows. x / eps is in [least, most]; but some x and m are 0."""
     rng = np.random.default_rng(1)
     shape = (n, 24)
     x = eps * 10 ** rng.uniform(math.log10(least), math.log10(most), shape)
@@ -73,13 +73,13 @@ def initial_rows(n, eps, real, least, most):
 
 
 class Expected(NamedTuple):
-    """What the recurrence says of each element.
+    """The result of the recurrence for each element.
 
     Attributes:
-      moved: how far it moved.
+      moved: how far the element moved.
       average: its average after the last step.
-      path_length: what errors are relative to: the sum over all steps of the sizes of its movement
-        and its decay. Each movement counts as if the step had the largest |a| of all steps.
+      path_length: the sum over all steps of the sizes of its movement and its decay, by which
+        errors are divided. Each movement counts as if the step had the largest |a| of all steps.
     """
 
     moved: np.ndarray
@@ -110,14 +110,14 @@ def recurrence(plan, a, b, steps_before, last, p, m, x, average, real):
     return Expected(moved, average, path_length)
 
 
-def int32(t):
-    """`t` on the clock of a state, an int32 that wraps around."""
+def as_clock(t):
+    """The clock of a state at step `t`: an int32 that wraps around."""
     return jnp.asarray((np.asarray(t, np.int64) + 2**31) % 2**32 - 2**31, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "history"))
 def coast(plan, history, a, b, steps_before, last, rows):
-    """How far rows move in the steps, and their average after them, in one program."""
+    """How far rows move in the steps, and their average after them."""
 
     def count(clock):
         """The number of a step, which stays at the largest int32 when the clock wraps around."""
@@ -145,7 +145,7 @@ def errors(
 ):
     """Relative errors of the weights and of the averages, each [n, columns].
 
-    Each of the n rows lags behind by another number of steps. Errors of weights are divided by
+    Each of the n rows lags behind by a different number of steps. Errors of weights are divided by
     `Expected.path_length`, and errors of averages by `path_length + |average| + |p|`.
     """
     history = history or plan.least_history
@@ -159,7 +159,7 @@ def errors(
     if plan.momentum is None:
         rows.pop()
     scalars = jnp.asarray(a), jnp.asarray(b)
-    clocks = int32(steps_before), int32(last)
+    clocks = as_clock(steps_before), as_clock(last)
     moved, new_average = coast(plan, history, *scalars, *clocks, rows)
     expected = recurrence(plan, a, b, steps_before, last, p, m, x, average, real)
     still = gaps == 0
@@ -178,7 +178,7 @@ def errors(
 @pytest.mark.parametrize(("form", "betas"), CASES)
 def test_float32_is_close_to_the_recurrence(form, betas):
     """With decay and an average, from the first step on, in the shortest ring."""
-    error, of_average = errors(plan_of(form, betas, momentum=0.99, decays=True))
+    error, of_average = errors(make_plan(form, betas, momentum=0.99, decays=True))
     assert error.max() <= 5e-7
     assert of_average.max() <= 3e-7
 
@@ -194,14 +194,14 @@ def test_float32_is_close_to_the_recurrence(form, betas):
         ("adamax", (0.9, 0.95)),
     ],
 )
-def test_float64_shows_the_error_of_the_series(form, betas):
+def test_the_error_of_the_series_without_rounding(form, betas):
     """A plan for float32, evaluated in float64, so that almost nothing is rounded.
 
-    The error is 1e-8, because the series leaves out the movement after `plan.steps` steps, and
-    1e-8 again, because it has only `plan.terms` terms.
+    The error is up to 1e-8, because the series leaves out the movement after `plan.steps` steps,
+    and up to 1e-8 more, because it has only `plan.terms` terms.
     """
     with enable_x64(True):
-        error, _ = errors(plan_of(form, betas), real=np.float64)
+        error, _ = errors(make_plan(form, betas), real=np.float64)
         assert error.max() <= 2e-8
 
 
@@ -225,8 +225,8 @@ def test_float64_shows_the_error_of_the_series(form, betas):
         ("adam-eps_hat", (0.9, 0.999), {"history": 1024}),
     ],
 )
-def test_extreme_numbers(form, betas, options):
-    plan = plan_of(form, betas, options.get("eps", 1e-7), momentum=0.99, decays=True)
+def test_extreme_betas_epsilons_and_clocks(form, betas, options):
+    plan = make_plan(form, betas, options.get("eps", 1e-7), momentum=0.99, decays=True)
     error, of_average = errors(plan, **options)
     assert error.max() <= 5e-7
     assert of_average.max() <= 3e-7
@@ -235,11 +235,11 @@ def test_extreme_numbers(form, betas, options):
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9999])
 @pytest.mark.parametrize("decays", [False, True])
 def test_averages_of_any_momentum(momentum, decays):
-    """One of them forgets more slowly than the weights decay."""
-    plan = plan_of("adam-eps", (0.9, 0.999), momentum=momentum, decays=decays)
+    """With the momentum 0.9999, the average forgets more slowly than the weights decay."""
+    plan = make_plan("adam-eps", (0.9, 0.999), momentum=momentum, decays=decays)
     error, of_average = errors(plan, history=1024)
     assert error.max() <= 5e-7
-    # As in a dense average, the roundings of 1,024 steps add up where it forgets so slowly.
+    # As in a dense average, the roundings of 1,024 steps add up if it forgets so slowly.
     assert of_average.max() <= (6e-7 if momentum == 0.9999 else 3e-7)
 
 
@@ -250,9 +250,9 @@ def after_one_step(plan, last, rows):
     return plan.catch_up(ring, 1, 1, last, *rows)
 
 
-def test_average_of_momentum_1_never_changes():
-    plan = plan_of("adam-eps", (0.9, 0.999), momentum=1.0, decays=True)
-    assert plan == plan_of("adam-eps", (0.9, 0.999), momentum=None, decays=True)
+def test_an_average_with_momentum_1_never_changes():
+    plan = make_plan("adam-eps", (0.9, 0.999), momentum=1.0, decays=True)
+    assert plan == make_plan("adam-eps", (0.9, 0.999), momentum=None, decays=True)
     p, last = jnp.ones((1, 3)), jnp.zeros(1, jnp.int32)
     moved, average = after_one_step(plan, last, [p, p, p, 3 * p])
     assert (moved < -0.5).all()
@@ -260,22 +260,22 @@ def test_average_of_momentum_1_never_changes():
 
 
 @pytest.mark.slow
-def test_long_decay():
-    """A gap of 65,535 steps at step 1e5: the ring's running sum of logarithms must be exact."""
-    plan = plan_of("adam-eps_hat", (0.9, 0.999), decays=True)
+def test_decay_over_a_gap_of_65535_steps():
+    """At step 1e5, one float32 for the running sum of logarithms would not be accurate enough."""
+    plan = make_plan("adam-eps_hat", (0.9, 0.999), decays=True)
     steps = 100_000
     b = (-1e-5 * np.random.default_rng(0).uniform(0, 1, steps)).astype(np.float32)
     gaps = np.array([1, 300, 20_000, 65_535])
     p = jnp.ones((4, 1))
     a = jnp.zeros(steps)
-    moved, _ = coast(plan, 65_536, a, jnp.asarray(b), 0, int32(steps - gaps), [p, p, p])
+    moved, _ = coast(plan, 65_536, a, jnp.asarray(b), 0, as_clock(steps - gaps), [p, p, p])
     expected = [np.expm1(np.log1p(b[-gap:].astype(np.float64)).sum()) for gap in gaps]
     np.testing.assert_allclose(moved[:, 0], expected, rtol=3e-7)
 
 
-def test_sum_in_two_floats():
-    """XLA must not see that (a + b) - a is b."""
-    plan = plan_of("adam-eps_hat", (0.0, 0.999), decays=True)
+def test_the_running_sum_in_two_floats_is_accurate():
+    """XLA must not simplify (a + b) - a to b."""
+    plan = make_plan("adam-eps_hat", (0.0, 0.999), decays=True)
 
     @jax.jit
     def total(ring, b):
@@ -296,8 +296,8 @@ def test_sum_in_two_floats():
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.99, 0.9)])
 @pytest.mark.slow
 def test_rows_of_any_shape(betas):
-    """Rows that are numbers, rows with two axes, and no rows; and `vmap` over many optimizers."""
-    plan = plan_of("adam-eps", betas, momentum=0.99, decays=True)
+    """Rows without axes, rows with two axes, no rows, and `vmap` over two optimizers."""
+    plan = make_plan("adam-eps", betas, momentum=0.99, decays=True)
 
     def after_three_steps(scale, last, rows):
         ring = plan.init(max(plan.least_history, 4), np.float32)
@@ -311,32 +311,32 @@ def test_rows_of_any_shape(betas):
     scales = jnp.array([0.0, 0.1])
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         expected = jax.jit(after_three_steps)(0.1, last, list(rows))
-        deep = jax.jit(after_three_steps)(0.1, last, list(rows.reshape(4, n, 2, 3)))
-        flat = jax.jit(after_three_steps)(0.1, last, list(rows[:, :, 0]))
-        none = jax.jit(after_three_steps)(0.1, last[:0], list(rows[:, :0]))
-        of_many = jax.vmap(after_three_steps, in_axes=(0, None, None))
-        many = jax.jit(of_many)(scales, last, list(rows))
+        two_axes = jax.jit(after_three_steps)(0.1, last, list(rows.reshape(4, n, 2, 3)))
+        no_axes = jax.jit(after_three_steps)(0.1, last, list(rows[:, :, 0]))
+        no_rows = jax.jit(after_three_steps)(0.1, last[:0], list(rows[:, :0]))
+        mapped = jax.vmap(after_three_steps, in_axes=(0, None, None))
+        of_scales = jax.jit(mapped)(scales, last, list(rows))
     for i in range(2):
-        np.testing.assert_allclose(deep[i].reshape(n, 6), expected[i], rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(flat[i], expected[i][:, 0], rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(many[i][1], expected[i], rtol=1e-6, atol=1e-7)
-        assert none[i].shape == (0, 6)
-    assert (many[0][0] == 0).all()
+        np.testing.assert_allclose(two_axes[i].reshape(n, 6), expected[i], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(no_axes[i], expected[i][:, 0], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(of_scales[i][1], expected[i], rtol=1e-6, atol=1e-7)
+        assert no_rows[i].shape == (0, 6)
+    assert (of_scales[0][0] == 0).all()
     assert (expected[0][last < 3] != 0).all()
 
 
-def test_average_left_out():
-    plan = plan_of("adam-eps_hat", (0.9, 0.999), momentum=0.99, decays=True)
+def test_catch_up_without_the_average_moves_rows_alike():
+    plan = make_plan("adam-eps_hat", (0.9, 0.999), momentum=0.99, decays=True)
     last, rows = jnp.zeros(1, jnp.int32), [jnp.full((1, 2), z) for z in (1.0, 2.0, 3.0)]
-    both = after_one_step(plan, last, [*rows, rows[0]])
-    moved, none = after_one_step(plan, last, rows)
-    assert none is None
-    np.testing.assert_allclose(moved, both[0], rtol=1e-6)
+    expected, _ = after_one_step(plan, last, [*rows, rows[0]])
+    moved, average = after_one_step(plan, last, rows)
+    assert average is None
+    np.testing.assert_allclose(moved, expected, rtol=1e-6)
 
 
-def test_standing_rows_are_left_as_they_are():
-    """Whatever they hold."""
-    plan = plan_of("adam-eps", (0.9, 0.999), momentum=0.99, decays=True)
+def test_rows_that_are_up_to_date_do_not_change():
+    """Not even NaN, infinities or -0."""
+    plan = make_plan("adam-eps", (0.9, 0.999), momentum=0.99, decays=True)
     odd = jnp.array([[jnp.nan, jnp.inf, -jnp.inf, -0.0, 0.0, 1.0]])
     moved, average = after_one_step(plan, jnp.ones(1, jnp.int32), [odd, odd, odd, odd])
     assert (moved == 0).all()
@@ -344,8 +344,8 @@ def test_standing_rows_are_left_as_they_are():
 
 
 def test_the_ring_keeps_its_dtypes():
-    """Numbers and traced scalars give a ring of the same dtypes."""
-    plan = plan_of("adam-eps", (0.9, 0.999), momentum=0.99, decays=True)
+    """Whether the scalars of a step are Python numbers or arrays."""
+    plan = make_plan("adam-eps", (0.9, 0.999), momentum=0.99, decays=True)
     ring = plan.init(256, np.float32)
     scalars = jnp.int32(1), jnp.int32(1), jnp.float32(-0.1), jnp.float32(-0.1)
     of_numbers = jax.eval_shape(lambda ring: plan.advance(ring, 1, 1, -0.1, -0.25), ring)
@@ -364,7 +364,7 @@ def test_the_ring_keeps_its_dtypes():
         ("adam-eps", (0.9, 0.999), 11, 256),
         ("amsgrad-eps_hat", (0.9, 0.999), 1, 256),
         ("adamax", (0.9, 0.999), 4, 256),
-        # These plans replay, and have no series.
+        # Rows of these plans catch up by replay, so there is no series.
         ("adam-eps_hat", (0.99, 0.9), 0, 2),
         ("adamax", (0.5, 0.5), 0, 2),
         # Without momentum nothing moves.
@@ -372,7 +372,7 @@ def test_the_ring_keeps_its_dtypes():
     ],
 )
 def test_terms_of_the_series_and_length_of_the_ring(form, betas, terms, history):
-    plan = plan_of(form, betas)
+    plan = make_plan(form, betas)
     assert plan.terms <= terms
     assert (plan.terms == 0) == (terms == 0)
     assert plan.least_history == history
@@ -389,17 +389,17 @@ def test_terms_of_the_series_and_length_of_the_ring(form, betas, terms, history)
 
 
 def test_plans_are_values():
-    plan = plan_of("adam-eps", (0.9, 0.999), momentum=0.99, decays=True)
+    plan = make_plan("adam-eps", (0.9, 0.999), momentum=0.99, decays=True)
     wide = coasting_plan(Coast(*(np.float64(z) for z in plan.numbers)), np.float64(0.99), True)
     assert plan == wide == pickle.loads(pickle.dumps(plan))
     assert hash(plan) == hash(wide)
-    assert plan != plan_of("adam-eps", (0.9, 0.999), momentum=0.9, decays=True)
+    assert plan != make_plan("adam-eps", (0.9, 0.999), momentum=0.9, decays=True)
     assert all(type(z) is float for z in (*wide.numbers, wide.momentum, wide.stretch))
 
 
 @pytest.mark.parametrize("b", [0.0, 0.3, 0.9, 0.999, 0.99999, 1.0])
 @pytest.mark.parametrize("history", [2, 256, 65_536])
-def test_power(b, history):
+def test_power_is_accurate_to_float32(b, history):
     k = np.unique(np.append(np.geomspace(1, history - 1, 500).astype(np.int32), [0, history - 1]))
     result = jax.jit(lambda k: power(b, k, jnp.float32, history))(jnp.asarray(k, jnp.int32))
     exact = np.power(b, k.astype(np.float64))
@@ -412,8 +412,8 @@ def test_power(b, history):
 
 
 @pytest.mark.parametrize("k", [1, 3, 300])
-def test_decay_again_and_again(k):
-    """Rounding goes up as often as down, so the roundings add up to no more than a random walk."""
+def test_roundings_of_repeated_decay_do_not_drift(k):
+    """They go up as often as down, so they add up only as in a random walk."""
     times, history = 3000 // k, 512
 
     @jax.jit
@@ -428,9 +428,9 @@ def test_decay_again_and_again(k):
     assert ratio.std() <= 3e-8 * math.sqrt(times)
 
 
-def test_average_again_and_again():
-    """Weights that stand still, and an average on its way to them, one step at a time."""
-    plan = plan_of("adam-eps", (0.0, 0.999), momentum=0.999)
+def test_roundings_of_an_average_do_not_drift():
+    """Weights stay at zero, and their average moves towards zero, one step at a time."""
+    plan = make_plan("adam-eps", (0.0, 0.999), momentum=0.999)
     steps, last = 3000, jnp.zeros(400, jnp.int32)
 
     @jax.jit
@@ -452,11 +452,11 @@ def test_average_again_and_again():
 @pytest.mark.slow
 def test_rows_beyond_the_ring_become_nan(betas):
     """A row becomes NaN if it was last up to date before the ring begins, or after the clock."""
-    plan = plan_of("adam-eps", betas, momentum=0.99, decays=True)
+    plan = make_plan("adam-eps", betas, momentum=0.99, decays=True)
     history, rows = plan.least_history, jnp.ones((4, 3, 2))
     ring = plan.init(history, np.float32)
     last = 1000 - jnp.array([history - 1, history, -1], jnp.int32)
     moved, average = plan.catch_up(ring, 1000, 1000, last, *rows)
-    for found in (moved, average):
-        assert np.isfinite(found[0]).all()
-        assert np.isnan(found[1:]).all()
+    for result in (moved, average):
+        assert np.isfinite(result[0]).all()
+        assert np.isnan(result[1:]).all()

@@ -1,4 +1,4 @@
-"""Optimizers as data: what is refused when they are made, and how they behave as values."""
+"""Transforms and schedules as data: checks of hyperparameters, equality, hashes, pickles."""
 
 import copy
 import fractions
@@ -20,20 +20,21 @@ import adamjax
 from adamjax import by_path, piecewise_constant, scale, weight_ema
 from adamjax.data import Data, transform_state
 
-# Every hyperparameter: how to make its owner with it, its owner's name, its own, and its kind.
+# The kinds of hyperparameters; RANGES has the range of each.
 BETA, UNIT, RATE, EPSILON, LIMIT, ANY, COUNT = range(7)
-RULES = {
+HYPERPARAMETERS_OF_RULES = {
     "scale_by_adam": ("b1", "b2", "eps_hat", "eps"),
     "scale_by_amsgrad": ("b1", "b2", "eps_hat", "eps"),
     "scale_by_adamax": ("b1", "b2", "eps"),
 }
-OPTIMIZERS = {
+RULE_OF_OPTIMIZER = {
     "adam": "scale_by_adam",
     "amsgrad": "scale_by_amsgrad",
     "adamw": "scale_by_adam",
     "adamax": "scale_by_adamax",
     "nadam": "scale_by_adam",
 }
+# For each: a function from its value to its owner, the owner's name, its own name, and its kind.
 HYPERPARAMETERS = []
 
 
@@ -44,12 +45,12 @@ def hyperparameter(maker, owner, name, kind, **others):
     HYPERPARAMETERS.append(pytest.param(make, owner, name, kind, id=f"{maker}-{name}"))
 
 
-for rule, names in RULES.items():
+for rule, names in HYPERPARAMETERS_OF_RULES.items():
     for name in names:
         hyperparameter(rule, rule, name, BETA if name.startswith("b") else EPSILON)
-for optimizer, rule in OPTIMIZERS.items():
+for optimizer, rule in RULE_OF_OPTIMIZER.items():
     accepted = inspect.signature(getattr(adamjax, optimizer)).parameters
-    for name in RULES[rule]:
+    for name in HYPERPARAMETERS_OF_RULES[rule]:
         if name in accepted:
             hyperparameter(optimizer, rule, name, BETA if name.startswith("b") else EPSILON)
     hyperparameter(optimizer, "scale_by_learning_rate", "learning_rate", RATE)
@@ -82,11 +83,11 @@ hyperparameter("warmup", "warmup", "steps", COUNT, schedule=0.1)
 hyperparameter("warmup", "warmup", "start", RATE, schedule=0.1, steps=3)
 
 INF, NAN = math.inf, math.nan
-# Values inside and outside of the range of a kind, and how a message says the range.
+# Values in the range of a kind, values outside it, and a pattern of the range in the error.
 RANGES = {
     BETA: ([0, 0.5, 0.999999], [-1e-9, -1, 1.0, 1, 2.0, INF, NAN], r"in \[0, 1\)"),
     UNIT: ([0, 0.5, 1.0], [-1e-9, 1.000001, 2, INF, NAN], r"in \[0, 1\]"),
-    # What is finite must be so in float32.
+    # Finite means finite in float32.
     RATE: ([0, 1e-9, 3, 1e6], [-1e-9, -1, 1e39, INF, -INF, NAN], "finite and at least 0"),
     EPSILON: ([1.2e-38, 1e-8, 1], [0, 0.0, 1e-39, -1e-8, INF, NAN], "finite and at least 1.2e-38"),
     LIMIT: ([1e-9, 1, 3e38], [0, -1, -1e-9, 1e300, INF, NAN], "finite and at least 1.2e-38"),
@@ -100,7 +101,7 @@ RANGES = {
 
 
 @pytest.mark.parametrize(("make", "owner", "name", "kind"), HYPERPARAMETERS)
-def test_a_hyperparameter_in_its_range_is_taken(make, owner, name, kind):
+def test_a_hyperparameter_in_its_range_is_accepted(make, owner, name, kind):
     for value in RANGES[kind][0]:
         for form in (value, np.float64(value), jnp.float32(value), np.array(value, np.float32)):
             assert make(form) == make(form)
@@ -111,7 +112,7 @@ def test_a_hyperparameter_in_its_range_is_taken(make, owner, name, kind):
 
 @pytest.mark.parametrize(("make", "owner", "name", "kind"), HYPERPARAMETERS)
 def test_a_hyperparameter_outside_its_range_is_refused(make, owner, name, kind):
-    """At construction, naming whose it is, what it is called, its range and what came."""
+    """At construction. The error names the owner, the hyperparameter, its range and the value."""
     _, bad, text = RANGES[kind]
     for value in bad:
         forms = [value] if value == 10**400 else [value, np.float64(value), np.array(value)]
@@ -125,7 +126,7 @@ def test_a_hyperparameter_outside_its_range_is_refused(make, owner, name, kind):
 
 
 @pytest.mark.parametrize(("make", "owner", "name", "kind"), HYPERPARAMETERS)
-def test_what_is_not_a_number_is_refused(make, owner, name, kind):
+def test_a_hyperparameter_that_is_not_a_number_is_refused(make, owner, name, kind):
     bad = [True, False, "0.1", 1j, [0.1], {"a": 0.1}, jnp.array(True), jnp.array(0.1 + 1j)]
     optional = name in ("eps", "eps_hat", "overwrite_frequency")
     for value in bad if optional else [*bad, None]:
@@ -134,7 +135,7 @@ def test_what_is_not_a_number_is_refused(make, owner, name, kind):
 
 
 @pytest.mark.parametrize("make", [adamjax.adam, adamjax.amsgrad, adamjax.adamw])
-def test_at_most_one_epsilon(make):
+def test_at_most_one_epsilon_may_be_given(make):
     with pytest.raises(ValueError, match=r"eps_hat.*or eps.*not both; got eps_hat=1e-07 and eps=1"):
         make(eps_hat=1e-7, eps=1e-8)
     assert "eps_hat=1e-07" in repr(make())
@@ -144,8 +145,8 @@ def test_at_most_one_epsilon(make):
     assert "eps=1e-07" in repr(adamjax.nadam())
 
 
-def test_every_hyperparameter_is_in_the_table():
-    """Of every public transform and schedule, but those that are transforms or patterns."""
+def test_hyperparameters_of_all_public_transforms_and_schedules_are_listed_above():
+    """Except transforms, patterns and others that are tested elsewhere."""
     listed = {p.id for p in HYPERPARAMETERS}
     elsewhere = {"tx", "transforms", "rules", "pattern", "patterns"}
     elsewhere |= {"values", "boundaries", "default", "mask", "hyperparams"}
@@ -153,20 +154,20 @@ def test_every_hyperparameter_is_in_the_table():
     static |= {"rows", "max_rows", "max_size", "tables", "history", "fixed", "axis_name"}
     static |= {"mesh", "axis", "memory_kind"}
     for public in adamjax.__all__:
-        made = getattr(adamjax, public)
-        data = (
-            isinstance(made, type)
-            and issubclass(made, Data)
+        value = getattr(adamjax, public)
+        is_data = (
+            isinstance(value, type)
+            and issubclass(value, Data)
             and public not in ("RowGradient", "Ticket")
         )
-        if public in OPTIMIZERS or data:
+        if public in RULE_OF_OPTIMIZER or is_data:
             names = (
-                set(inspect.signature(made).parameters) - elsewhere - static - {"args", "kwargs"}
+                set(inspect.signature(value).parameters) - elsewhere - static - {"args", "kwargs"}
             )
             assert {f"{public}-{name}" for name in names} <= listed, public
 
 
-def test_piecewise_constant_names_the_item():
+def test_errors_of_piecewise_constant_name_the_item():
     make = piecewise_constant
     with pytest.raises(ValueError, match=r"piecewise_constant: values\[1\] must be.*got -1"):
         make([1], [1.0, -1])
@@ -194,7 +195,7 @@ def test_a_moment_dtype_must_be_a_real_float(bad):
                 make(**{name: bad})
 
 
-def test_moment_dtypes_are_kept():
+def test_moments_have_the_dtypes_that_were_given():
     tx = adamjax.scale_by_amsgrad(m_dtype=np.float32, v_dtype="bfloat16")
     assert repr(tx).endswith("m_dtype='float32', v_dtype='bfloat16')")
     state = tx.init({"w": jnp.ones(2), "z": jnp.ones(2, jnp.complex64)})
@@ -211,7 +212,7 @@ def test_moment_dtypes_are_kept():
 # --- values -------------------------------------------------------------------------------------
 
 
-def test_equality_is_by_kind_and_value():
+def test_equality_is_by_class_and_values():
     assert scale(0.5) == scale(0.5) != scale(0.25)
     assert adamjax.clip_by_norm(1.0) != adamjax.clip_by_global_norm(1.0)
     assert adamjax.scale_by_adam() == adamjax.scale_by_adam(eps_hat=1e-7)
@@ -240,7 +241,7 @@ def test_arrays_compare_by_value_and_dtype():
 
 
 def test_numpy_numbers_become_python_numbers():
-    """So that they print as they compare."""
+    """So transforms that are equal also print alike."""
     assert scale(np.float64(0.5)) == scale(0.5)
     assert repr(scale(np.float32(0.5))) == "scale(factor=0.5)"
     assert repr(weight_ema(0.5, np.int64(3))) == "weight_ema(momentum=0.5, overwrite_frequency=3)"
@@ -267,11 +268,10 @@ def test_schedules_are_data_too():
     assert rate.replace(steps=4) == adamjax.warmup(adamjax.cosine_decay(0.1, 10), 4)
 
 
-def test_leaves_are_hyperparameters_by_their_names():
+def test_the_leaves_are_the_hyperparameters_and_their_paths_the_names():
     tx = adamjax.chain(adamjax.clip_by_norm(1.0), adamjax.adam(adamjax.cosine_decay(0.1, 10)))
-    found, _ = jax.tree_util.tree_flatten_with_path(tx)
-    names = {jax.tree_util.keystr(path): value for path, value in found}
-    assert names == {
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tx)
+    assert {jax.tree_util.keystr(path): value for path, value in leaves} == {
         ".transforms[0].max_norm": 1.0,
         ".transforms[1].b1": 0.9,
         ".transforms[1].b2": 0.999,
@@ -282,8 +282,8 @@ def test_leaves_are_hyperparameters_by_their_names():
     }
 
 
-def test_only_counts_and_times_stay_whole():
-    """Everything else is a float, as an array of integers has no place for fractions."""
+def test_only_counts_and_times_stay_integers():
+    """Other integers become floats, because an integer array cannot be set to a fraction."""
     for made in (
         scale(1),
         adamjax.scale_by_adam(b1=0, b2=0, eps=1),
@@ -307,7 +307,7 @@ def test_only_counts_and_times_stay_whole():
     )
 
 
-def test_what_is_traced_is_taken_by_its_dtype():
+def test_a_traced_hyperparameter_is_checked_by_its_dtype():
     for bad in (True, 1j):
         with pytest.raises(TypeError, match=r"scale: factor must be a number.*being traced"):
             jax.jit(scale)(bad)
@@ -333,8 +333,8 @@ def test_wide_integers_are_not_cut_to_32_bits():
             adamjax.accumulate_gradients(scale(1.0), value)
 
 
-def test_epsilons_that_are_traced_do_at_0_what_they_do_beside_it():
-    """A weight without a gradient has the update 0; what is below 0, infinite or NaN makes NaN."""
+def test_a_traced_epsilon_of_0_acts_like_a_tiny_one():
+    """A zero gradient has a zero update. A negative, infinite or NaN epsilon makes NaN."""
     g = jnp.array([0.0, 2.0])
     for make in (
         lambda eps: adamjax.scale_by_adam(eps_hat=eps),
@@ -350,15 +350,14 @@ def test_epsilons_that_are_traced_do_at_0_what_they_do_beside_it():
             assert np.isnan(step(bad)).all()
 
 
-def test_numbers_of_every_kind_do():
-    """Also those that float32 only comes near to."""
+def test_numbers_of_every_type_are_accepted():
     g = jnp.ones(2)
     for value in (1, fractions.Fraction(1, 2), jnp.bfloat16(0.5), np.float16(0.5), 2**40):
         updates, _ = scale(value).update(g, ())
         np.testing.assert_allclose(updates, float(value))
 
 
-RULES = {
+RULE_MAKERS = {
     "adam": adamjax.scale_by_adam,
     "eps": functools.partial(adamjax.scale_by_adam, eps=1e-8),
     "nadam": functools.partial(adamjax.scale_by_adam, nesterov=True),
@@ -368,57 +367,59 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", ["b1", "b2"])
-@pytest.mark.parametrize("rule", RULES)
-def test_betas_that_are_traced_make_nan_outside_of_their_range(rule, name):
-    """Also in the second step, and for a beta that is 1 as a float32."""
+@pytest.mark.parametrize("rule", RULE_MAKERS)
+def test_traced_betas_make_nan_outside_of_their_range(rule, name):
+    """In the second step, and also a beta that is 1 in float32."""
     g = jnp.array([0.5, 2.0])
 
-    def second(tx):
+    def second_updates(tx):
         _, state = tx.update(g, tx.init(g))
         return tx.update(g, state)[0]
 
-    call = jax.jit(lambda b: second(RULES[rule](**{name: b})))
+    call = jax.jit(lambda b: second_updates(RULE_MAKERS[rule](**{name: b})))
     for bad in (-0.5, 1.0, 1.5, 0.99999999, -jnp.inf, jnp.inf, jnp.nan):
         assert np.isnan(call(bad)).all(), bad
     for b in (0.0, 0.25, 0.5, 0.75):
-        np.testing.assert_allclose(call(b), second(RULES[rule](**{name: b})), rtol=1e-6)
-    assert np.isnan(jax.jit(second)(RULES[rule](**{name: 0.99999999}))).all()
+        np.testing.assert_allclose(
+            call(b), second_updates(RULE_MAKERS[rule](**{name: b})), rtol=1e-6
+        )
+    assert np.isnan(jax.jit(second_updates)(RULE_MAKERS[rule](**{name: 0.99999999}))).all()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULE_MAKERS)
 @pytest.mark.slow
-def test_betas_of_float64_are_taken_as_they_are(rule):
-    """By rules in float32 as well: 1 - 1e-9 is 1 there."""
+def test_float64_betas_are_not_rounded_to_float32(rule):
+    """Not even for float32 gradients: 1 - 1e-9 would be 1."""
     rng = np.random.default_rng(0)
     for b1, b2 in ((0.9, 0.999), (0.9, 1 - 1e-9), (1 - 1e-9, 0.999)):
         with enable_x64(True):
             grads = [jnp.asarray(rng.normal(size=8), jnp.float32) for _ in range(3)]
-            tx = RULES[rule](b1=jnp.float64(b1), b2=jnp.float64(b2))
-            exact = RULES[rule](b1=b1, b2=b2)
+            tx = RULE_MAKERS[rule](b1=jnp.float64(b1), b2=jnp.float64(b2))
+            wide_tx = RULE_MAKERS[rule](b1=b1, b2=b2)
             state = tx.init(grads[0])
-            exact_state = exact.init(grads[0].astype(jnp.float64))
+            wide_state = wide_tx.init(grads[0].astype(jnp.float64))
             for g in grads:
                 updates, state = jax.jit(tx.update)(g, state)
-                expected, exact_state = exact.update(g.astype(jnp.float64), exact_state)
+                expected, wide_state = wide_tx.update(g.astype(jnp.float64), wide_state)
                 assert updates.dtype == jnp.float32
                 np.testing.assert_allclose(updates, expected, rtol=3e-6, atol=1e-7)
 
 
-def test_nadam_steps_by_the_gradient_where_beta_is_near_1():
-    """What the momentum lacks to 1 is not what rounding leaves of it."""
-    g, late = jnp.array([2.0]), 3000
+def test_nadam_does_not_compute_1_minus_b1_from_a_rounded_b1():
+    """If b1 is near 1, rounding it to float32 changes 1 - b1 a lot."""
+    g, count = jnp.array([2.0]), 3000
     for b1 in (0.9999, 1 - 1e-7):
         tx = adamjax.scale_by_adam(b1=b1, nesterov=True)
-        state = tx.init(g)._replace(count=jnp.array(late, jnp.int32), v=jnp.array([4.0]))
+        state = tx.init(g)._replace(count=jnp.array(count, jnp.int32), v=jnp.array([4.0]))
         state = state._replace(momentum_product=jnp.array(0.0, jnp.float32))
-        found = float(tx.update(g, state)[0][0])
+        update = float(tx.update(g, state)[0][0])
         m = (1 - b1) * 2
-        expected = (b1 * m + (1 - b1) * 2) * np.sqrt(1 - 0.999 ** (late + 1)) / 2
-        np.testing.assert_allclose(found, expected, rtol=2e-6)
+        expected = (b1 * m + (1 - b1) * 2) * np.sqrt(1 - 0.999 ** (count + 1)) / 2
+        np.testing.assert_allclose(update, expected, rtol=2e-6)
 
 
-def test_numbers_that_were_put_in_the_place_of_others_are_refused():
-    """As `jax.tree.map` over a transform does, which checks nothing."""
+def test_update_refuses_hyperparameters_that_tree_map_put_out_of_range():
+    """`jax.tree.map` over a transform checks nothing."""
     g = jnp.ones(2)
     for tx, text in (
         (adamjax.scale_by_adam(), r"in \[0, 1\), got 1.998"),
@@ -432,7 +433,7 @@ def test_numbers_that_were_put_in_the_place_of_others_are_refused():
 
 # --- in another process ---------------------------------------------------------------------------
 
-A_SCRIPT = """
+SENDER = """
 import sys
 from typing import Any, NamedTuple
 
@@ -481,7 +482,7 @@ for times in range(2):
         cloudpickle.dump(sent, file)
 """
 
-ITS_READER = """
+READER = """
 import pickle, sys
 
 momentum, slower, lower_adam, halved, State, tx, state = pickle.load(open(sys.argv[1] + "0", "rb"))
@@ -511,30 +512,30 @@ step = jax.jit(lambda tx, state: tx.update({"w": jnp.ones(2)}, state))
 updates, state = step(tx, state)
 assert adamjax.get_slot(state, "m")["w"].tolist() == [1.5, 1.5]
 assert updates["w"].tolist() == (-0.05 * jnp.full(2, 1.5)).tolist()
-print("as it was")
+print("all equal")
 """
 
 
 @pytest.mark.slow
 def test_classes_of_a_script_are_the_same_in_another_process(tmp_path):
-    """By cloudpickle, which sends them by value."""
+    """cloudpickle sends them by value."""
     pytest.importorskip("cloudpickle")
-    for program in (A_SCRIPT, ITS_READER):
+    for program in (SENDER, READER):
         command = [sys.executable, "-c", program, str(tmp_path / "sent")]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
-    assert done.stdout == "as it was\n"
+    assert done.stdout == "all equal\n"
 
 
-def test_states_of_one_name():
-    """In two places, or in a cell of a notebook that is run again."""
+def test_two_state_classes_may_have_the_same_name():
+    """In two modules, or in a cell of a notebook that is run again."""
 
-    def made():
+    def make():
         @transform_state("m")
         class State(NamedTuple):
             m: Any
 
         return State
 
-    for kind in (made(), made()):
-        assert adamjax.slot_names(kind({"w": 1.0})) == ("m",)
+    for state_class in (make(), make()):
+        assert adamjax.slot_names(state_class({"w": 1.0})) == ("m",)

@@ -1,4 +1,4 @@
-"""Rules of a user, of public names only: Lion, Adan, and RMSprop and ADOPT for `exact_rows`."""
+"""Rules written with public names only: Lion, Adan, and RMSprop and ADOPT for `exact_rows`."""
 
 import doctest
 import math
@@ -27,7 +27,7 @@ def row_grads(t):
 
 
 def zeros(params):
-    """A new slot, in float32 at least."""
+    """New slots in the dtypes of the parameters, in float32 at least."""
 
     def make(p):
         return extend.widen(jnp.zeros_like(p), extend.compute_dtype(p.dtype))
@@ -36,7 +36,7 @@ def zeros(params):
 
 
 def real_zeros(params):
-    """A new slot for the size of gradients."""
+    """New slots for the sizes of gradients, which are real."""
     return extend.new_slots(params, lambda p: jnp.zeros_like(p, extend.compute_dtype(p.dtype)))
 
 
@@ -54,7 +54,7 @@ class LionState(NamedTuple):
 
 
 def lion_rule(c, g, m):
-    """Not a Recurrence: the update comes from the average before the step."""
+    """Not a Recurrence, because the update is computed from the old slot."""
     average_for_update, average_for_slot = c
     real = extend.compute_dtype(g.dtype, m.dtype)
     m, wide = extend.widen(m, real), extend.widen(g, real)
@@ -99,7 +99,7 @@ class AdanState(NamedTuple):
     count: Any
     m: Any  # averages of gradients
     v: Any  # averages of their changes
-    n: Any  # averages of squared gradients, to each of which b2 times its change is added
+    n: Any  # averages of (gradient + b2 * its change)**2
     last: Any  # the gradients of the previous step
 
 
@@ -136,7 +136,7 @@ adan_rule = extend.Recurrence(adan_moments, adan_direction)
 
 
 class adan(extend.Rule):
-    """It has `step` instead of `update`, so a chain multiplies its scalars by the learning rate."""
+    """Has `step` instead of `update`, so a chain multiplies its scalars by the learning rate."""
 
     b1: extend.Number = 0.98
     b2: extend.Number = 0.92
@@ -279,7 +279,7 @@ def rms_reference(g, mean, energy, step, b1=0.8, b2=0.99, eps=1e-4):
     return mean / (np.sqrt(energy) + eps), mean, energy
 
 
-# --- ADOPT, arXiv:2411.02853: its divisor is that of the step before, so it coasts without one ----
+# --- ADOPT, arXiv:2411.02853: it divides the gradient, so a row coasts without a divisor ----------
 
 
 @extend.transform_state("m", "v")
@@ -296,7 +296,7 @@ class AdoptScalars(NamedTuple):
 
 
 def adopt_moments(c, g, m, v):
-    """The first gradient of an element only sets v, whatever the number of the step is."""
+    """The first nonzero gradient of an element only sets v, in whatever step it comes."""
     is_first = v == 0
     divisor = jnp.where(is_first, 1, jnp.maximum(extend.root(v), c.eps))
     new_m = jnp.where(is_first, m, c.first(m, g / divisor))
@@ -342,10 +342,10 @@ class adopt(extend.Rule):
         return extend.scalar(1.0, real)
 
 
-# --- not elementwise: gradient centralization, arXiv:2004.01461 -----------------------------------
+# --- gradient centralization, arXiv:2004.01461, which is not elementwise --------------------------
 
 
-def centred(_, g):
+def centered(_, g):
     if isinstance(g, adamjax.RowGradient):
         raise TypeError("centralize: the mean of a row gradient is not the table's; use masked")
     return (g - g.mean(axis=tuple(range(g.ndim - 1)), keepdims=True) if g.ndim > 1 else g,)
@@ -354,7 +354,7 @@ def centred(_, g):
 class centralize(extend.Stateless):
     def update(self, updates, state, params=None, **extra_args):
         return extend.lift(
-            "centralize", centred, extend.no_scalars, updates, like=params, rows="whole"
+            "centralize", centered, extend.no_scalars, updates, like=params, rows="whole"
         )[0], state
 
 
@@ -372,7 +372,7 @@ TRIALS = {
 
 @pytest.mark.parametrize("law", testing.LAWS)
 @pytest.mark.parametrize("name", TRIALS)
-def test_keeps_the_laws(name, law):
+def test_the_rules_keep_the_laws(name, law):
     testing.try_law(law, TRIALS[name])
 
 
@@ -381,15 +381,15 @@ def test_keeps_the_laws(name, law):
     [(lion(), optax.scale_by_lion()), (adan(b2=0.5), optax.scale_by_adan(b2=0.5))],
     ids=["lion", "adan"],
 )
-def test_moves_as_with_optax(ours, theirs):
+def test_updates_equal_those_of_optax(ours, theirs):
     """Adan only at b2 = 0.5: the paper multiplies a gradient's change by b2, optax by 1 - b2."""
     rng = np.random.default_rng(0)
     params = {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(3)}
-    state, other = ours.init(params), theirs.init(params)
+    state, their_state = ours.init(params), theirs.init(params)
     for _ in range(20):
         grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
         updates, state = ours.update(grads, state)
-        expected, other = theirs.update(grads, other)
+        expected, their_state = theirs.update(grads, their_state)
         assert_close(updates, expected, rtol=1e-5)
 
 
@@ -398,7 +398,7 @@ def test_moves_as_with_optax(ours, theirs):
 
 @pytest.mark.parametrize("rule", [lion(), adan(), rms()], ids=["lion", "adan", "rms"])
 def test_a_chain_does_what_its_parts_do_one_after_another(rule):
-    """Whether or not it multiplies the rule's scalars by the rate."""
+    """Whether the chain multiplies the scalars of the rule by the rate, or its updates."""
     grads = {"table": PARAMS["table"] ** 2, "gain": jnp.array([0.5, -2.0])}
     rate = adamjax.scale_by_learning_rate(adamjax.by_path([("gain", 0.5)], default=0.1))
     tx = adamjax.chain(rule, rate)
@@ -411,8 +411,8 @@ def test_a_chain_does_what_its_parts_do_one_after_another(rule):
         assert_close(state, tuple(states))
 
 
-def test_a_row_that_is_first_read_late_begins_as_in_the_first_step():
-    """With rows="lazy" the slots of a row say whether it had a gradient; the count does not."""
+def test_the_first_read_of_a_lazy_row_may_be_late():
+    """ADOPT skips a row's first gradient. `late_state` begins with three steps on other rows."""
     tx = adopt(rows="lazy")
     state, late_state = tx.init(PARAMS["table"]), tx.init(PARAMS["table"])
     g = jnp.arange(1.0, 7.0).reshape(2, 3)
@@ -427,7 +427,7 @@ def test_a_row_that_is_first_read_late_begins_as_in_the_first_step():
     assert np.any(updates.to_dense() != 0)
 
 
-def test_states_are_read_by_name():
+def test_slots_are_read_by_name():
     for rule, names in ((lion(), ("m",)), (adan(), ("m", "v", "n", "last"))):
         tx = adamjax.skip_not_finite(
             adamjax.chain(adamjax.clip_by_norm(1.0), rule, adamjax.scale(-0.1))
@@ -445,11 +445,11 @@ def test_states_are_read_by_name():
     assert_same(adamjax.get_slot(bucketed, "m"), jax.tree.map(jnp.zeros_like, PARAMS))
 
 
-# --- subclasses with another update, and a rule without one ---------------------------------------
+# --- subclasses that override update, and a rule without it ---------------------------------------
 
 
 class doubled_adam(adamjax.scale_by_adam):
-    """Overrides `update`, and inherits a `step` that does not do the same."""
+    """Overrides `update`; the `step` that it inherits does not double."""
 
     def update(self, updates, state, params=None, **extra_args):
         updates, state = super().update(updates, state, params)
@@ -457,7 +457,7 @@ class doubled_adam(adamjax.scale_by_adam):
 
 
 class clamped(adamjax.scale):
-    """A scaling with another `update`."""
+    """A scaling that overrides `update`."""
 
     def update(self, updates, state, params=None, **extra_args):
         updates, state = super().update(updates, state, params)
@@ -499,13 +499,13 @@ def test_exact_rows_refuses_a_rule_without_coast(rule):
         adamjax.exact_rows(adamjax.chain(rule, adamjax.scale(-0.1)), "table")
 
 
-def test_a_rule_that_divides_must_say_how_its_divisor_decays():
-    class forgetful(adopt):
+def test_a_coast_with_a_divisor_needs_shrink_and_eps():
+    class adopt_without_shrink(adopt):
         def coast(self):
             return extend.Coast(self.b1, decays=(("m", self.b1), ("v", self.b2)))
 
     with pytest.raises(TypeError, match=r"divides by its slot 'v'.*shrink and eps.*size=None"):
-        adamjax.exact_rows(forgetful(), "table")
+        adamjax.exact_rows(adopt_without_shrink(), "table")
 
 
 def run_both(exact, dense, steps):
@@ -526,8 +526,8 @@ def run_both(exact, dense, steps):
     [(rms(), None), (rms(), 128), (adopt(), 256)],
     ids=["rms", "rms, 128", "adopt"],
 )
-def test_exact_rows_gives_the_dense_result_for_a_rule_with_coast(rule, history):
-    """Also with decay, a changing rate and an average."""
+def test_exact_rows_equals_dense_for_a_rule_with_coast(rule, history):
+    """With weight decay, a schedule and an average."""
     dense = adamjax.chain(
         adamjax.clip_by_global_norm(5.0),
         rule,
@@ -545,18 +545,18 @@ def test_exact_rows_gives_the_dense_result_for_a_rule_with_coast(rule, history):
     assert adamjax.slot_names(state) == adamjax.slot_names(rule.init(PARAMS))
 
 
-def test_exact_rows_takes_any_transform_that_is_masked_from_the_table():
+def test_exact_rows_accepts_any_transform_that_does_not_see_the_table():
     params = {"table": PARAMS["table"], "kernel": jnp.ones((3, 2))}
-    kept = adamjax.masked(centralize(), "kernel")
-    inside = adamjax.exact_rows(adamjax.chain(kept, adamjax.adam(0.1)), "table")
-    around = adamjax.chain(kept, adamjax.exact_rows(adamjax.adam(0.1), "table"))
+    of_kernel = adamjax.masked(centralize(), "kernel")
+    inside = adamjax.exact_rows(adamjax.chain(of_kernel, adamjax.adam(0.1)), "table")
+    around = adamjax.chain(of_kernel, adamjax.exact_rows(adamjax.adam(0.1), "table"))
     grads = {"table": row_grads(0)["table"], "kernel": jnp.arange(6.0).reshape(3, 2)}
     updates, _ = inside.update(grads, inside.init(params), params)
     expected, _ = around.update(grads, around.init(params), params)
     assert_same(adamjax.apply_updates(params, updates), adamjax.apply_updates(params, expected))
     assert abs(float(jnp.sum(updates["kernel"]))) < 1e-6
 
-    # The error first says to mask it, and then when to set the flag.
+    # The error proposes a mask first, and then the flag.
     text = r"exact_rows: centralize\(\) cannot .*masked\(.*Only if it leaves .*keeps_zero = True"
     for tx in (centralize(), adamjax.masked(centralize(), "table")):
         with pytest.raises(ValueError, match=text):
@@ -585,7 +585,7 @@ class average_rms(rms):
         return super().coast()._replace(momentum="average", decays=decays)
 
     def check_state(self, state):
-        # `step` of `rms` checks its own state.
+        # The `step` of `rms` calls this with an RmsState.
         extend.expect_state(self, state, AverageState | RmsState)
 
 
@@ -606,30 +606,33 @@ class rms_with_missing_slot(rms):
         return super().coast()._replace(momentum="m")
 
 
-class undeclared(rms):
-    """Its state is no class with `transform_state`, so its slots are not declared."""
+class rms_without_declared_slots(rms):
+    """Its state is a dictionary, and so has no `transform_state`."""
 
     def init(self, params):
         return super().init(params)._asdict()
 
 
-def test_exact_rows_refuses_a_coast_of_slots_that_are_not_there():
+def test_exact_rows_refuses_a_coast_of_slots_that_the_state_lacks():
     for rule, text in (
         (
             rms_with_missing_slot(),
             r"coasts by the slots \['energy', 'm', 'mean'\].*has.*'energy', 'mean'",
         ),
-        (undeclared(), r"undeclared.*has the slots \[\].*transform_state"),
+        (
+            rms_without_declared_slots(),
+            r"rms_without_declared_slots.*has the slots \[\].*transform_state",
+        ),
     ):
         exact = adamjax.exact_rows(adamjax.chain(rule, adamjax.scale(-0.1)), "table")
         with pytest.raises(ValueError, match=f"exact_rows: .*{text}"):
             exact.init(PARAMS)
 
 
-# --- what is public -------------------------------------------------------------------------------
+# --- the module -----------------------------------------------------------------------------------
 
 
-def test_the_example_keeps_all_laws(monkeypatch):
+def test_the_example_in_the_docstring_keeps_all_laws(monkeypatch):
     example = types.ModuleType("example")
     monkeypatch.setitem(sys.modules, "example", example)  # where pickle looks for its classes
     for block in doctest.DocTestParser().get_examples(extend.__doc__):
@@ -643,13 +646,12 @@ def test_the_example_keeps_all_laws(monkeypatch):
         tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
 
 
-def test_every_name_is_described():
-    """Each has its line in the module's docstring."""
+def test_the_docstring_describes_every_public_name():
     for name in extend.__all__:
         assert f"`{name}`" in extend.__doc__, name
 
 
-def test_scalars_that_are_no_functions_are_refused():
+def test_lift_refuses_scalars_that_are_not_a_function():
     def twice(c, g):
         return (c * g,)
 
@@ -658,12 +660,12 @@ def test_scalars_that_are_no_functions_are_refused():
             extend.lift("mine", twice, scalars, {"w": jnp.ones(2)})
 
 
-# --- what a function of `lift` returns ------------------------------------------------------------
+# --- results of the function for lift -------------------------------------------------------------
 
 WRONG_RESULTS = {
-    "no tuple": (lambda c, g, m: g, r"returned an array of shape \[2, 3\], expected a tuple"),
+    "not a tuple": (lambda c, g, m: g, r"returned an array of shape \[2, 3\], expected a tuple"),
     "no slot": (lambda c, g, m: (g,), r"returned 1 results, expected 2: the update and the new"),
-    "too much": (lambda c, g, m: (g, m, m), r"returned 3 results, expected 2"),
+    "too many": (lambda c, g, m: (g, m, m), r"returned 3 results, expected 2"),
     "a sum": (
         lambda c, g, m: (g.sum(), m),
         r"result 0 of .* is the shape \[\], expected .*\[2, 3\]",
@@ -682,17 +684,16 @@ WRONG_RESULTS = {
 
 
 @pytest.mark.parametrize("rows", ["dense", "lazy"])
-@pytest.mark.parametrize("what", WRONG_RESULTS)
-def test_a_function_that_returns_something_else_is_refused(what, rows):
-    rule, words = WRONG_RESULTS[what]
+@pytest.mark.parametrize("name", WRONG_RESULTS)
+def test_lift_refuses_a_function_with_wrong_results(name, rows):
+    rule, message = WRONG_RESULTS[name]
     g = {"a": jnp.ones((2, 3))}
-    expected = rf"^mine: .*{words}.*; in grads\['a'\]$"
-    with pytest.raises(TypeError, match=expected):
+    with pytest.raises(TypeError, match=rf"^mine: .*{message}.*; in grads\['a'\]$"):
         extend.lift("mine", rule, lambda real: None, g, (g,), rows=rows)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1,), (2, 3)])
-def test_a_function_without_slots_that_returns_no_tuple_is_refused(shape):
+def test_lift_refuses_an_array_as_the_result_of_a_function_without_slots(shape):
     for g in (jnp.ones(shape), adamjax.row_gradient(jnp.array([0]), jnp.ones((1, *shape)), 9)):
         for rows in ("dense", "whole"):
             with pytest.raises(TypeError, match=r"mine: .* returned .*, expected a tuple"):

@@ -1,4 +1,4 @@
-"""Small leaves in buckets: the same steps, whatever the leaves and their gradients."""
+"""`grouped` takes the steps of the transform inside it, whatever the leaves and gradients."""
 
 import json
 import pickle
@@ -49,7 +49,7 @@ from adamjax import (
 
 
 def make_params():
-    """Three of one shape, a scalar, nothing, a table, one too large, other dtypes, an integer."""
+    """Three equal layers, a scalar, an empty leaf, a large one, `None`, a table, other dtypes."""
     rng = np.random.default_rng(0)
 
     def draw(*shape, dtype=jnp.float32):
@@ -83,7 +83,9 @@ def make_grads(t):
     return jax.tree.map(draw, PARAMS)
 
 
-def stepping(tx):
+def step_of(tx):
+    """The function that takes a step of a transform."""
+
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return apply_updates(params, updates), state, updates
@@ -91,14 +93,14 @@ def stepping(tx):
     return step
 
 
-def assert_alike(tx, gradients, assert_equal=assert_same, params=PARAMS, jit=lambda f: f):
-    """Weights, updates and state of a run are those of the transform that is not grouped.
+def assert_same_if_grouped(tx, gradients, assert_equal=assert_same, params=PARAMS, jit=lambda f: f):
+    """Weights, updates and states in steps of `grouped(tx)` equal those of `tx`.
 
-    Returns the grouped transform, the parameters, its state and that of the plain transform.
+    Returns the grouped transform, the last parameters, its last state and that of `tx`.
     """
     grouped_tx, plain_params = grouped(tx, max_size=16), params
     state, plain_state = grouped_tx.init(params), tx.init(params)
-    step, plain_step = jit(stepping(grouped_tx)), jit(stepping(tx))
+    step, plain_step = jit(step_of(grouped_tx)), jit(step_of(tx))
     form = avals(state)
     for grads in gradients:
         params, state, updates = step(params, state, grads)
@@ -119,7 +121,7 @@ ELEMENTWISE = {
     "adamw": chain(clip_by_value(0.5), adamw(0.1, weight_decay=0.1), weight_ema(0.9, 2)),
     "no rule": chain(scale(0.5), add_decayed_weights(0.1), scale_by_learning_rate(0.1)),
     "no state": clip_by_value(0.5),
-    "guarded": skip_not_finite(accumulate_gradients(amsgrad(0.1), 2)),
+    "skip_not_finite": skip_not_finite(accumulate_gradients(amsgrad(0.1), 2)),
     "hyperparameters": with_hyperparams(adam(0.1), learning_rate=0.2),
 }
 
@@ -127,39 +129,39 @@ ELEMENTWISE = {
 @pytest.mark.parametrize("tx", ELEMENTWISE.values(), ids=ELEMENTWISE)
 @pytest.mark.slow
 def test_elementwise_steps_are_the_same_bit_for_bit(tx):
-    """Without `jit`: the compiler may fuse, and so round, the two programs differently."""
+    """Without `jit`, because the compiler may fuse, and so round, the two programs differently."""
     with jax.disable_jit():
-        assert_alike(tx, [make_grads(t) for t in range(3)])
+        assert_same_if_grouped(tx, [make_grads(t) for t in range(3)])
 
 
 def test_compiled_steps_are_the_same_up_to_rounding():
-    """With a norm of all leaves, which buckets sum in another order."""
+    """With a global norm, whose sum is in another order in buckets."""
     tx = chain(clip_by_global_norm(0.5), adamw(0.1, weight_decay=0.1), weight_ema(0.9))
     names = ("block", "gain", "large", "table")
     params, *gradients = (
         {name: tree[name] for name in names} for tree in (PARAMS, *map(make_grads, range(3)))
     )
-    assert_alike(tx, gradients, assert_close, params, jax.jit)
+    assert_same_if_grouped(tx, gradients, assert_close, params, jax.jit)
 
 
 @pytest.mark.slow
 def test_leaves_without_a_gradient_stand_still_whichever_they_are():
-    """Their weights and state too, in a bucket whose other leaves move."""
+    """Neither their weights nor their slots change, though other leaves of the bucket move."""
 
     def without(t, *absent):
-        def kept(path, g):
+        def without_absent(path, g):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             return None if any(a in name for a in absent) else g
 
-        return jax.tree_util.tree_map_with_path(kept, make_grads(t))
+        return jax.tree_util.tree_map_with_path(without_absent, make_grads(t))
 
     # "e" is in the paths of all kernels and of most other leaves.
     absent = [("1/bias",), (), ("0/bias", "gain", "half/0"), ("bias", "kernel", "wave"), ("e",), ()]
     gradients = [without(t, *names) for t, names in enumerate(absent)]
     with jax.disable_jit():
-        assert_alike(ELEMENTWISE["adamw"], gradients)
-        grouped_tx, params, state, _ = assert_alike(amsgrad(0.1), gradients)
-        moved, after, _ = stepping(grouped_tx)(params, state, without(7, "2/kernel"))
+        assert_same_if_grouped(ELEMENTWISE["adamw"], gradients)
+        grouped_tx, params, state, _ = assert_same_if_grouped(amsgrad(0.1), gradients)
+        moved, after, _ = step_of(grouped_tx)(params, state, without(7, "2/kernel"))
     assert_same(moved["block"][2]["kernel"], params["block"][2]["kernel"])
     for slot in ("m", "v"):
         before, now = (get_slot(s, slot)["block"][2] for s in (state, after))
@@ -168,7 +170,7 @@ def test_leaves_without_a_gradient_stand_still_whichever_they_are():
 
 
 def dense(tree):
-    """The tree with arrays in the place of row gradients."""
+    """The tree with dense arrays in place of row gradients."""
 
     def is_rows(x):
         return isinstance(x, adamjax.RowGradient)
@@ -187,26 +189,26 @@ def test_row_gradients_of_small_tables(rows):
         assert_same(dense(actual), dense(expected))
 
     with jax.disable_jit():
-        assert_alike(adam(0.1, rows=rows), gradients, assert_same_dense)
+        assert_same_if_grouped(adam(0.1, rows=rows), gradients, assert_same_dense)
 
 
-def test_gradients_of_other_dtypes_than_their_neighbours():
+def test_gradients_of_different_dtypes_in_a_bucket():
     gradients = [make_grads(t) for t in range(2)]
     gradients[1]["gain"] = gradients[1]["gain"].astype(jnp.bfloat16)
     gradients[1]["half"] = [g.astype(jnp.float32) for g in gradients[1]["half"]]
     gradients[1]["block"][0]["bias"] = gradients[1]["block"][0]["bias"].astype(jnp.float16)
     with jax.disable_jit():
-        assert_alike(adamw(0.1), gradients)
+        assert_same_if_grouped(adamw(0.1), gradients)
 
 
-def test_the_state_is_few_arrays():
+def test_the_state_has_few_arrays():
     """A leaf that is larger than max_size, or the only one of its dtype, is in no bucket."""
     params = {f"layer {i}": {"bias": jnp.ones(3 + i % 2), "gain": jnp.ones(())} for i in range(40)}
     params |= {"large": jnp.ones(17), "half": jnp.ones(2, jnp.float16)}
     state = grouped(scale_by_adam(), max_size=16).init(params)
-    # The count; for m and for v, three buckets and the two leaves that are in none.
+    # The count, and for each of m and v three buckets and two leaves outside of them.
     assert len(jax.tree.leaves(state)) == 1 + 2 * (3 + 2)
-    # The biases of 3 and of 4 elements, the gains, and those two leaves.
+    # The biases of 3 and of 4 elements, the gains, and the two leaves outside of buckets.
     assert sum(x.size for x in jax.tree.leaves(state.m)) == 20 * 3 + 20 * 4 + 40 + 17 + 2
     names = {jax.tree_util.keystr(k) for k, _ in jax.tree_util.tree_flatten_with_path(state.m)[0]}
     assert {"['large']", "['half']"} <= names
@@ -214,12 +216,12 @@ def test_the_state_is_few_arrays():
 
 def test_a_donated_step_is_traced_once():
     tx = grouped(chain(adam(0.1), weight_ema(0.9)))
-    step, traces = jit_and_traces(stepping(tx), donate_argnums=(0, 1))
+    step, traces = jit_and_traces(step_of(tx), donate_argnums=(0, 1))
     floats = {"block": PARAMS["block"], "large": PARAMS["large"]}
     for init in (tx.init, jax.jit(tx.init)):
         params = jax.tree.map(jnp.copy, floats)
         state = init(params)
-        state = pickle.loads(pickle.dumps(state))  # as from a checkpoint
+        state = pickle.loads(pickle.dumps(state))  # as if restored from a checkpoint
         for _ in range(2):
             donated = jax.tree.leaves((params, state))
             params, state, _ = step(params, state, floats)
@@ -227,7 +229,7 @@ def test_a_donated_step_is_traced_once():
     assert len(traces) == 1
 
 
-def test_shapes_are_enough():
+def test_init_needs_only_shapes():
     tx = grouped(adam(0.1))
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), PARAMS)
     expected = avals(tx.init(PARAMS))
@@ -235,10 +237,12 @@ def test_shapes_are_enough():
     assert avals(jax.eval_shape(tx.init, shapes)) == expected
 
 
-def test_what_is_read_of_a_state_is_as_without_buckets():
+def test_functions_that_read_a_state_return_the_same_as_without_buckets():
     tx = chain(adam(cosine_decay(0.1, 10)), weight_ema(0.9))
     with jax.disable_jit():
-        grouped_tx, params, state, plain_state = assert_alike(tx, [make_grads(t) for t in range(2)])
+        grouped_tx, params, state, plain_state = assert_same_if_grouped(
+            tx, [make_grads(t) for t in range(2)]
+        )
     assert slot_names(state) == slot_names(plain_state) == ("m", "v")
     for name in ("m", "v"):
         assert_same(get_slot(state, name), get_slot(plain_state, name))
@@ -246,33 +250,32 @@ def test_what_is_read_of_a_state_is_as_without_buckets():
     assert_same(averaged_weights(state, params), averaged_weights(plain_state, params))
     assert step_count(state) == 2
     assert learning_rate(grouped_tx, state) == learning_rate(tx, plain_state)
-    parts = partition([("block", grouped_tx)], default=adam(0.1))
-    whole = parts.init(PARAMS)
-    assert_same(get_slot(whole, "m"), get_slot(adam(0.1).init(PARAMS), "m"))
+    state = partition([("block", grouped_tx)], default=adam(0.1)).init(PARAMS)
+    assert_same(get_slot(state, "m"), get_slot(adam(0.1).init(PARAMS), "m"))
 
 
-def test_a_run_goes_on_from_a_state_without_buckets():
+def test_join_converts_a_state_without_buckets():
     tx, grads = skip_not_finite(chain(adamw(0.1), weight_ema(0.9))), make_grads(0)
     grouped_tx = grouped(tx, max_size=16)
     with jax.disable_jit():
-        params, plain_state, _ = stepping(tx)(PARAMS, tx.init(PARAMS), grads)
+        params, plain_state, _ = step_of(tx)(PARAMS, tx.init(PARAMS), grads)
         state = grouped_tx.join(plain_state, params)
         assert avals(state) == avals(grouped_tx.init(PARAMS))
         assert_same(grouped_tx.split(state), plain_state)
         expected, _ = tx.update(grads, plain_state, params)
         assert_same(grouped_tx.update(grads, state, params)[0], expected)
-        # The state says how it is grouped, so another max_size does not matter.
+        # The state has the plan of its buckets, so another max_size has no effect.
         assert_same(grouped(tx, max_size=4).update(grads, state, params)[0], expected)
 
 
 def after_two_steps(tx, params, grads):
     state = tx.init(params)
     for _ in range(2):
-        params, state, _ = stepping(tx)(params, state, grads)
+        params, state, _ = step_of(tx)(params, state, grads)
     return params, state
 
 
-def between_transforms_of_each_leaf(rule):
+def between_transforms_of_single_leaves(rule):
     return chain(
         clip_by_norm(1.0),
         rule,
@@ -281,11 +284,11 @@ def between_transforms_of_each_leaf(rule):
     )
 
 
-# A transform with `grouped` inside, and the same one without.
-INSIDE = {
+# Transforms with `grouped` inside, and the same ones without it.
+GROUPED_INSIDE = {
     "chain": (
-        between_transforms_of_each_leaf(grouped(scale_by_adam())),
-        between_transforms_of_each_leaf(scale_by_adam()),
+        between_transforms_of_single_leaves(grouped(scale_by_adam())),
+        between_transforms_of_single_leaves(scale_by_adam()),
     ),
     "masked": (masked(grouped(adam(0.1)), "kernel"), masked(adam(0.1), "kernel")),
     "optax": (
@@ -295,10 +298,10 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("name", GROUPED_INSIDE)
 @pytest.mark.slow
-def test_inside_other_transforms(name):
-    with_groups, without_groups = INSIDE[name]
+def test_grouped_inside_other_transforms(name):
+    with_groups, without_groups = GROUPED_INSIDE[name]
     params = {"block": PARAMS["block"], "table": PARAMS["table"]}
     with jax.disable_jit():
         moved, _ = after_two_steps(with_groups, params, params)
@@ -307,7 +310,7 @@ def test_inside_other_transforms(name):
 
 
 @pytest.mark.slow
-def test_beside_exact_rows():
+def test_grouped_beside_the_tables_of_exact_rows():
     params = {"block": PARAMS["block"], "table": jnp.ones((50, 2))}
     tables = [("table", adam(0.1))]
     grouped_tx = exact_rows(partition(tables, default=grouped(adam(0.1))), "table")
@@ -321,7 +324,7 @@ def test_beside_exact_rows():
 
 
 class doubled(adamjax.Transform):
-    """A user's transform that says that it treats all elements alike."""
+    """A user's transform that sets `groupable`."""
 
     groupable = True
 
@@ -332,7 +335,7 @@ class doubled(adamjax.Transform):
         return jax.tree.map(lambda g: 2 * g, grads), state
 
 
-def test_takes_a_users_transform_that_says_that_it_is_groupable():
+def test_grouped_accepts_a_users_transform_that_is_groupable():
     updates, _ = grouped(doubled()).update([jnp.ones(2), jnp.ones(())], ())
     assert_same(updates, [jnp.full(2, 2.0), jnp.full((), 2.0)])
 
@@ -353,17 +356,17 @@ NOT_ELEMENTWISE = {
 
 
 @pytest.mark.parametrize("tx", NOT_ELEMENTWISE.values(), ids=NOT_ELEMENTWISE)
-def test_refuses_what_does_not_treat_all_elements_alike(tx):
+def test_grouped_refuses_transforms_that_do_not_treat_all_elements_alike(tx):
     with pytest.raises(ValueError, match=r"grouped: .* cannot take leaves in buckets"):
         grouped(tx)
 
 
-def test_names_the_part_that_it_refuses():
+def test_the_error_names_the_part_that_cannot_be_grouped():
     with pytest.raises(ValueError, match=r"^grouped: clip_by_norm\(max_norm=0.5\) cannot"):
         grouped(skip_not_finite(chain(adam(0.1), clip_by_norm(0.5))))
 
 
-def test_refuses_wrong_trees_and_sizes():
+def test_grouped_refuses_wrong_trees_states_and_sizes():
     tx, grads = grouped(adam(0.1)), make_grads(0)
     state = tx.init(PARAMS)
     grads["block"][1]["bias"] = jnp.ones(3)
@@ -380,7 +383,7 @@ def test_refuses_wrong_trees_and_sizes():
             grouped(adam(), max_size=wrong)
 
 
-def test_goes_into_a_config_and_back():
+def test_grouped_goes_into_a_config_and_back():
     tx = grouped(chain(adamw(0.1), weight_ema(0.9)), max_size=64)
     assert adamjax.from_config(json.loads(json.dumps(adamjax.to_config(tx)))) == tx
 
@@ -397,16 +400,15 @@ def test_formats_of_the_leaves_outside_of_buckets():
 
 
 @pytest.mark.slow
-def test_leaves_in_pieces_are_in_no_bucket():
-    """Of three leaves on two devices, one has half of its elements on each."""
+def test_leaves_that_are_split_over_devices_are_in_no_bucket():
     script = """
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
         import adamjax
         mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
-        whole, pieces = (NamedSharding(mesh, spec) for spec in (P(), P("x")))
+        replicated, split = (NamedSharding(mesh, spec) for spec in (P(), P("x")))
         params = {"a": jnp.ones(4), "b": jnp.ones(2), "c": jnp.ones(6)}
-        params = jax.device_put(params, {"a": whole, "b": whole, "c": pieces})
+        params = jax.device_put(params, {"a": replicated, "b": replicated, "c": split})
         tx = adamjax.grouped(adamjax.adam(0.1))
         state = tx.init(params)
         assert [x.shape for x in jax.tree.leaves(state[0].m)] == [(6,), (6,)]
@@ -423,7 +425,7 @@ def test_leaves_in_pieces_are_in_no_bucket():
 @jax.tree_util.register_dataclass
 @dataclass
 class Variable:
-    """As in flax.nnx, whose Optimizer gives `init` Variables, and `update` their values."""
+    """Like flax.nnx's, whose Optimizer passes Variables to `init` and arrays to `update`."""
 
     value: Any
 
@@ -434,7 +436,7 @@ class Variable:
         return self.value
 
 
-def test_variables_may_be_unwrapped_after_init():
+def test_update_accepts_the_values_of_the_variables_that_init_saw():
     values = {"a": jnp.ones(2), "b": jnp.ones(())}
     tx = grouped(adam(0.1))
     state = tx.init({name: Variable(x) for name, x in values.items()})
@@ -443,8 +445,8 @@ def test_variables_may_be_unwrapped_after_init():
     assert avals(next_state) == avals(state)
 
 
-def test_a_state_of_other_leaves_is_not_put_into_buckets():
-    """Also if all leaves together have as many elements: each would get moments of others."""
+def test_join_refuses_a_state_of_other_leaves():
+    """Even if both have the same number of elements, because leaves would get others' moments."""
     tx, params = grouped(adam()), [jnp.ones(2), jnp.ones(3)]
     for state, message in (
         (adam().init(params[::-1]), r"state\['0/m/0'\] is float32\[3\], expected float32\[2\]"),
@@ -464,11 +466,15 @@ def test_a_state_without_buckets_is_refused():
         tx.update(params, adam().init(params), params)
 
 
-CUT = {
+# Functions that break the arrays of a slot, and the errors.
+BROKEN_ARRAYS = {
     "fewer buckets": (lambda m: m[:-3], r"has \d buckets and \d other arrays, expected"),
     "no arrays": (lambda m: [], r"has 0 buckets and 0 other arrays, expected \d and \d"),
-    "one too many": (lambda m: [*m, jnp.ones(2)], "other arrays, expected"),
-    "shorter": (lambda m: [m[0][:-1], *m[1:]], r"bucket 0 of .* is of shape \[\d+\], expected"),
+    "one array too many": (lambda m: [*m, jnp.ones(2)], "other arrays, expected"),
+    "shorter bucket": (
+        lambda m: [m[0][:-1], *m[1:]],
+        r"bucket 0 of .* is of shape \[\d+\], expected",
+    ),
     "two dimensions": (
         lambda m: [m[0][None], *m[1:]],
         r"bucket 0 of .* shape \[1, \d+\], expected",
@@ -477,12 +483,12 @@ CUT = {
 
 
 @pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("what", CUT)
-def test_a_state_that_is_not_whole_is_refused(what, jit):
+@pytest.mark.parametrize("name", BROKEN_ARRAYS)
+def test_a_state_with_missing_or_wrong_buckets_is_refused(name, jit):
     tx = grouped(adam(), max_size=8)
     state = tx.init(PARAMS)
-    whole, (cut, message) = state[0].m, CUT[what]
-    m = type(whole).tree_unflatten(whole.plan, cut([*whole.buckets, *whole.alone]))
+    m, (break_arrays, message) = state[0].m, BROKEN_ARRAYS[name]
+    m = type(m).tree_unflatten(m.plan, break_arrays([*m.buckets, *m.alone]))
     broken = (state[0]._replace(m=m), *state[1:])
     update = jax.jit(tx.update) if jit else tx.update
     with pytest.raises(ValueError, match=message) as caught:

@@ -1,4 +1,4 @@
-"""Accumulated gradients, skipped steps, and one in the other."""
+"""`accumulate_gradients` and `skip_not_finite`, alone and nested."""
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +47,11 @@ def draw(t, dtype=jnp.float32):
 
 def updates_of(tx, gradients):
     """The updates of a scalar, and the state at the end."""
-    state, found = tx.init(jnp.array(0.0)), []
+    state, all_updates = tx.init(jnp.array(0.0)), []
     for g in gradients:
         updates, state = tx.update(jnp.array(g), state)
-        found.append(float(updates))
-    return found, state
+        all_updates.append(float(updates))
+    return all_updates, state
 
 
 def pipeline():
@@ -70,7 +70,7 @@ def pipeline():
 @pytest.mark.parametrize("steps", [1, 2, 3, jnp.array(3), 3.0])
 @pytest.mark.slow
 def test_a_step_is_the_inner_step_with_the_mean(steps):
-    """Clip, decay, average and count move on the real step only, by the mean over the calls."""
+    """Clip, decay, average and count act only on the real step, on the mean over the calls."""
     tx, inner, n = accumulate_gradients(pipeline(), steps), pipeline(), int(steps)
     params = expected = PARAMS
     state, inner_state = tx.init(params), inner.init(params)
@@ -96,20 +96,20 @@ def test_a_step_is_the_inner_step_with_the_mean(steps):
     assert_close(averaged_weights(state), averaged_weights(inner_state), rtol=2e-5)
 
 
-def test_the_clip_is_of_the_mean():
-    """Which is not the mean of clipped micro-batches."""
-    found, _ = updates_of(accumulate_gradients(clip_by_value(1.0), 2), (10.0, -9.5))
-    assert found == [0.0, 0.25]
+def test_the_mean_is_clipped():
+    """The mean of the clipped gradients would be 0."""
+    updates, _ = updates_of(accumulate_gradients(clip_by_value(1.0), 2), (10.0, -9.5))
+    assert updates == [0.0, 0.25]
 
 
 def test_low_precision_gradients_are_summed_in_float32():
-    """1 + 2**-9 is 1 in bfloat16, and 60000 + 60000 infinite in float16."""
-    tx = accumulate_gradients(scale(1.0), 256)
+    """256 + 1 is 256 in bfloat16, and 60000 + 60000 is infinite in float16."""
+    tx = accumulate_gradients(scale(1.0), 300)
     grads = jnp.array([1.0, 2.0**-9], jnp.bfloat16)
     state = tx.init(grads)
     assert state.total.dtype == jnp.float32
     update = jax.jit(tx.update)
-    for _ in range(256):
+    for _ in range(300):
         updates, state = update(grads, state)
     assert_same(updates, grads)
 
@@ -119,8 +119,7 @@ def test_low_precision_gradients_are_summed_in_float32():
     assert_same(tx.update(large, state)[0], large)
 
 
-def test_a_leaf_without_a_gradient_waits():
-    """Left alone in a call, also in the call that takes the step: its sum stays."""
+def test_the_sum_of_a_leaf_is_kept_if_the_call_that_takes_the_step_has_no_gradient():
     tx = accumulate_gradients(scale(1.0), 2)
     state = tx.init(PARAMS)
     _, state = tx.update({"w": jnp.array([2.0, 4.0]), "b": jnp.array(6.0)}, state)
@@ -133,8 +132,8 @@ def test_a_leaf_without_a_gradient_waits():
     assert float(updates["b"]) == 4.0
 
 
-def test_a_gradient_that_waits_counts_as_much_as_any_other():
-    """A leaf has a gradient in seven of ten calls, and its updates add up to half their sum."""
+def test_a_gradient_whose_step_is_late_counts_as_much_as_any_other():
+    """A leaf has a gradient in seven of ten calls. Its updates add up to half of their sum."""
     tx = accumulate_gradients(scale(1.0), 2)
     state, moved = tx.init(PARAMS), 0.0
     for t in range(10):
@@ -144,8 +143,7 @@ def test_a_gradient_that_waits_counts_as_much_as_any_other():
     assert moved == sum(2.0**t for t in range(10) if t not in (1, 4, 5)) / 2
 
 
-def test_the_mean_is_of_the_calls_that_there_were():
-    """Also if `steps` changes while gradients are accumulated."""
+def test_the_sum_is_divided_by_the_number_of_calls_even_if_steps_changes():
     many, few = (accumulate_gradients(scale(1.0), steps) for steps in (4, 2))
     _, state = updates_of(many, (1.0, 2.0, 3.0))
     assert float(few.update(jnp.array(6.0), state)[0]) == 3.0
@@ -172,7 +170,7 @@ def test_a_traced_number_of_steps_below_1_makes_nan():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
-def test_a_bad_step_changes_nothing_but_the_counter(dtype):
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counter(dtype):
     params = {**PARAMS, "w": PARAMS["w"].astype(dtype)}
     tx = skip_not_finite(pipeline())
     update = jax.jit(tx.update)
@@ -195,8 +193,8 @@ def test_a_bad_step_changes_nothing_but_the_counter(dtype):
 
 
 @pytest.mark.slow
-def test_a_good_step_is_the_inner_step():
-    """Beside bad ones: the trajectory is that of the good gradients alone."""
+def test_finite_steps_are_the_inner_steps():
+    """The trajectory is that of the finite gradients alone."""
     tx, inner = skip_not_finite(pipeline()), pipeline()
     params = expected = PARAMS
     state, inner_state = tx.init(params), inner.init(params)
@@ -215,8 +213,7 @@ def test_a_good_step_is_the_inner_step():
     assert int(skipped_steps(state)) == 3
 
 
-def test_finite_gradients_of_an_infinite_norm_are_taken():
-    """What is asked is whether every element is finite."""
+def test_a_step_with_finite_gradients_of_an_infinite_norm_is_not_skipped():
     tx = skip_not_finite(scale(-1.0))
     updates, state = tx.update(jnp.array([1e30, 3e38]), tx.init(jnp.zeros(2)))
     assert int(skipped_steps(state)) == 0
@@ -231,8 +228,8 @@ def test_the_counter_stays_at_the_largest_int32():
     assert_same(state.skipped, largest)
 
 
-def test_leaves_that_are_left_alone_make_no_step_bad():
-    """`None`, integers and float0; none of them is changed."""
+def test_leaves_that_are_left_alone_never_skip_a_step():
+    """`None`, integers and float0 stay as they are."""
     params = {"w": jnp.ones(2), "n": jnp.arange(2), "m": jnp.arange(2), "none": jnp.ones(1)}
     tx = skip_not_finite(accumulate_gradients(adam(), 1))
     grads = {"w": jnp.ones(2), "n": float0((2,)), "m": jnp.zeros(2, jnp.int32), "none": None}
@@ -244,8 +241,7 @@ def test_leaves_that_are_left_alone_make_no_step_bad():
         assert int(skipped_steps(state)) == int(good != 1.0)
 
 
-def test_an_integer_in_place_of_a_gradient_is_refused():
-    """As everywhere; it is not taken to be something to leave alone."""
+def test_an_integer_gradient_of_a_float_is_refused():
     params = {"w": jnp.ones(2)}
     for tx in (skip_not_finite(adam()), accumulate_gradients(adam(), 2)):
         with pytest.raises(ValueError, match=r"grads\['w'\] is int32\[2\].*floating"):
@@ -259,7 +255,7 @@ TABLE = {"b": jnp.array([1.0, -1.0]), "t": jnp.arange(2.0 * ROWS).reshape(ROWS, 
 
 
 def draw_rows(t):
-    """Gradients of at most three rows: one twice, one outside, row 8 never."""
+    """Gradients of at most three rows: row 3 is read twice, row 8 never; an index is outside."""
     rng = np.random.default_rng(t)
     ids = jnp.asarray([*rng.integers(0, 8, 2), 3, 3, -1])
     values = jnp.asarray(rng.normal(size=(5, 2)), jnp.float32)
@@ -272,8 +268,8 @@ def dense(grads):
 
 
 @pytest.mark.parametrize("max_rows", [None, 6, [("b|t", 6)]], ids=str)
-def test_accumulated_rows_are_the_mean(max_rows):
-    """The inner step with the mean of dense gradients; then there is room again."""
+def test_the_inner_step_gets_the_mean_of_row_gradients(max_rows):
+    """The inner step equals one with the mean of dense gradients. After it, the sum is empty."""
     tx, inner = accumulate_gradients(pipeline(), 2, max_rows), pipeline()
     params = expected = TABLE
     state, inner_state = tx.init(params), inner.init(params)
@@ -297,7 +293,7 @@ def test_accumulated_rows_are_the_mean(max_rows):
 
 
 def test_accumulated_rows_are_summed_in_float32():
-    """1 + 2**-9 is 1 in bfloat16."""
+    """In bfloat16, 1 + 2**-9 would be 1."""
     tx, table = accumulate_gradients(scale(1.0), 257, max_rows=1), jnp.zeros((3, 1), jnp.bfloat16)
     state = tx.init(table)
     assert state.total.dtype == jnp.float32
@@ -310,9 +306,9 @@ def test_accumulated_rows_are_summed_in_float32():
 
 
 def after_too_many_rows(inner):
-    """What the table moves by in a step with three rows in the room of two, and in the next one.
+    """The table's updates in a step with three rows but room for two, and in the next; the state.
 
-    The next step has the gradients 3 of row 4 and 1 of row 5. Also returns the state.
+    In the next step, the gradients of row 4 add up to 3, and that of row 5 is 1.
     """
     tx = accumulate_gradients(inner, 2, max_rows=2)
     state, update = tx.init(TABLE), jax.jit(tx.update)
@@ -321,37 +317,37 @@ def after_too_many_rows(inner):
         values = jnp.ones((len(ids), 2))
         return {"b": jnp.ones(2), "t": row_gradient(jnp.array(ids), values, ROWS)}
 
-    moved = []
+    table_updates = []
     for first, second in ((rows(1, 2), rows(2, 4)), (rows(4, 4), rows(5, 4))):
         _, state = update(first, state)
         updates, state = update(second, state)
-        moved.append(np.asarray(updates["t"].to_dense()))
-    return *moved, state
+        table_updates.append(np.asarray(updates["t"].to_dense()))
+    return *table_updates, state
 
 
-# Half of the sum of the next step's gradients.
-NEXT_MOVE = np.zeros((ROWS, 2))
-NEXT_MOVE[4], NEXT_MOVE[5] = 1.5, 0.5
-
-
-@pytest.mark.slow
-def test_more_rows_than_there_is_room_for_become_nan():
-    """All accumulated rows, but only in this step."""
-    moved, after, _ = after_too_many_rows(identity())
-    assert np.all(np.isnan(moved[[1, 2]]))
-    assert not np.any(moved[[0, 3, 5, 6, 7, 8]])
-    np.testing.assert_array_equal(after, NEXT_MOVE)
+# The means of the gradients of that next step.
+NEXT_UPDATES = np.zeros((ROWS, 2))
+NEXT_UPDATES[4], NEXT_UPDATES[5] = 1.5, 0.5
 
 
 @pytest.mark.slow
-def test_a_step_with_more_rows_than_there_is_room_for_may_be_skipped():
-    moved, after, state = after_too_many_rows(skip_not_finite(identity()))
+def test_if_more_rows_are_read_than_max_rows_all_summed_rows_become_nan():
+    """The next step is right again."""
+    updates, next_updates, _ = after_too_many_rows(identity())
+    assert np.all(np.isnan(updates[[1, 2]]))
+    assert not np.any(updates[[0, 3, 5, 6, 7, 8]])
+    np.testing.assert_array_equal(next_updates, NEXT_UPDATES)
+
+
+@pytest.mark.slow
+def test_skip_not_finite_skips_a_step_with_more_rows_than_max_rows():
+    updates, next_updates, state = after_too_many_rows(skip_not_finite(identity()))
     assert int(skipped_steps(state)) == 1
-    assert not np.any(moved)
-    np.testing.assert_array_equal(after, NEXT_MOVE)
+    assert not np.any(updates)
+    np.testing.assert_array_equal(next_updates, NEXT_UPDATES)
 
 
-def test_a_table_without_a_gradient_waits():
+def test_the_sum_of_a_table_is_kept_if_the_call_that_takes_the_step_has_no_gradient():
     tx = accumulate_gradients(scale(1.0), 2, max_rows=4)
     _, state = tx.update(draw_rows(0), tx.init(TABLE))
     updates, after = tx.update({**draw_rows(1), "t": None}, state)
@@ -359,13 +355,13 @@ def test_a_table_without_a_gradient_waits():
     assert_same(jax.tree.leaves(after.total["t"]), jax.tree.leaves(state.total["t"]))
 
 
-def test_a_dense_gradient_where_there_is_room_for_rows_is_refused():
+def test_a_dense_gradient_of_a_table_with_max_rows_is_refused():
     tx = accumulate_gradients(scale(1.0), 2, max_rows=4)
     with pytest.raises(ValueError, match=r"max_rows makes room.*\(9, 2\), but got a dense one"):
         tx.update(dense(draw_rows(0)), tx.init(TABLE))
 
 
-def test_max_rows_must_be_a_whole_number_or_one_for_each_pattern():
+def test_max_rows_must_be_a_whole_number_or_whole_numbers_for_patterns():
     for bad in (0, -1, 1.5, "t", [("t", 0)], [("t", 1.5)], True, {}, []):
         with pytest.raises(ValueError, match=r"accumulate_gradients: max_rows must be a whole"):
             accumulate_gradients(scale(1.0), 2, max_rows=bad)
@@ -381,17 +377,17 @@ def test_a_table_with_no_more_rows_than_max_rows_is_accumulated_densely():
     assert not hasattr(state.total["t"], "indices")
 
 
-def lazily(rows="lazy"):
+def lazy_adam(rows="lazy"):
     return chain(scale_by_adam(b1=0.5, b2=0.0, eps_hat=1.0, rows=rows), scale(-1.0))
 
 
 LAZY = {
-    "plain": lazily,
+    "plain": lazy_adam,
     "adamax": lambda: chain(scale_by_adamax(b1=0.5, b2=0.0, eps=1.0), scale(-1.0)),
-    "masked": lambda: masked(lazily(), "t|b"),
-    "partition": lambda: partition([("t", lazily())], default=lazily("dense")),
-    "with_hyperparams": lambda: with_hyperparams(lazily(), factor=-1.0),
-    "guarded": lambda: skip_not_finite(chain(clip_by_value(9.0), lazily())),
+    "masked": lambda: masked(lazy_adam(), "t|b"),
+    "partition": lambda: partition([("t", lazy_adam())], default=lazy_adam("dense")),
+    "with_hyperparams": lambda: with_hyperparams(lazy_adam(), factor=-1.0),
+    "skip_not_finite": lambda: skip_not_finite(chain(clip_by_value(9.0), lazy_adam())),
 }
 
 
@@ -413,29 +409,29 @@ def after_two_steps(inner, max_rows, as_gradient=lambda rows: rows):
 def test_a_lazy_rule_stays_lazy_whatever_max_rows_is(name):
     """Row 1 has a mean of 0.5 in the first step only. Row 2 has means of 1.5 and 1."""
     results = [after_two_steps(LAZY[name](), rows) for rows in ({"t": 3}, {"t": 4}, {"t": 99}, 99)]
-    second = (0.25 * 1.5 + 0.5 * 1.0) / (1 - 0.5**2)
-    expected = [0, -0.5 / 1.5, -1.5 / 2.5 - second / 2.0, 0]
+    m_of_row_2 = (0.25 * 1.5 + 0.5 * 1.0) / (1 - 0.5**2)  # after both steps
+    expected = [0, -0.5 / 1.5, -1.5 / 2.5 - m_of_row_2 / 2.0, 0]
     np.testing.assert_allclose(results[0]["t"][:, 0], expected, rtol=1e-6)
     for result in results[1:]:
         assert_same(result, results[0])
 
 
-def test_a_lazy_rule_takes_dense_gradients_with_room_for_all_rows():
+def test_with_room_for_all_rows_a_lazy_rule_accepts_dense_gradients():
     """Such as those of a small kernel. The steps are those without `max_rows`, bit by bit."""
-    found = after_two_steps(lazily(), 4, lambda rows: rows.to_dense())
-    assert_same(found, after_two_steps(lazily(), None, lambda rows: rows.to_dense()))
-    assert float(found["t"][1, 0]) < -0.5 / 1.5  # it moves on without a gradient
+    params = after_two_steps(lazy_adam(), 4, lambda rows: rows.to_dense())
+    assert_same(params, after_two_steps(lazy_adam(), None, lambda rows: rows.to_dense()))
+    assert float(params["t"][1, 0]) < -0.5 / 1.5  # its momentum moves it in the second step
 
 
 def test_a_dense_sum_that_would_move_every_row_is_refused():
     """The rules of other leaves do not matter, nor those of tables of `exact_rows`."""
-    mend = r"grads\['t'\] is a row gradient.*would move every row.*{'t': rows}.*rows=\"dense\""
-    for inner in (*(make() for make in LAZY.values()), accumulate_gradients(lazily(), 1, 4)):
+    message = r"grads\['t'\] is a row gradient.*would move every row.*{'t': rows}.*rows=\"dense\""
+    for inner in (*(make() for make in LAZY.values()), accumulate_gradients(lazy_adam(), 1, 4)):
         tx = accumulate_gradients(inner, 2)
-        with pytest.raises(ValueError, match=mend):
+        with pytest.raises(ValueError, match=message):
             tx.update(draw_rows(0), tx.init(TABLE), TABLE)
     for inner in (
-        partition([("t", lazily("dense"))], default=lazily()),
+        partition([("t", lazy_adam("dense"))], default=lazy_adam()),
         exact_rows(adamax(0.1), "t"),
         scale(-1.0),
     ):
@@ -443,8 +439,8 @@ def test_a_dense_sum_that_would_move_every_row_is_refused():
         tx.update(draw_rows(0), tx.init(TABLE), TABLE)
 
 
-def test_rows_of_a_lazy_rule_before_stay_lazy():
-    """Weight decay moves only the rows whose updates are summed, or the sum is refused."""
+def test_updates_of_a_lazy_rule_before_accumulate_gradients_need_max_rows():
+    """With `max_rows`, weight decay moves only the rows that were read."""
     for max_rows in (None, {"t": 6}):
         inside = accumulate_gradients(add_decayed_weights(1.0), 1, max_rows)
         tx = chain(scale_by_adam(rows="lazy"), inside)
@@ -459,10 +455,10 @@ def test_rows_of_a_lazy_rule_before_stay_lazy():
             assert not np.any(updates["t"].to_dense()[8])
 
 
-def test_a_state_whose_sum_of_lazy_rows_is_dense():
-    """From before there was room for all rows: it takes dense gradients, but no rows."""
-    tx, old = (accumulate_gradients(lazily(rows), 2, 64) for rows in ("lazy", "dense"))
-    state = old.init(TABLE)
+def test_a_lazy_rule_with_the_state_of_a_dense_rule_refuses_row_gradients():
+    """The sum in that state is a dense array, so dense gradients are accepted."""
+    tx, dense_tx = (accumulate_gradients(lazy_adam(rows), 2, 64) for rows in ("lazy", "dense"))
+    state = dense_tx.init(TABLE)
     tx.update(dense(draw_rows(0)), state, TABLE)
     with pytest.raises(ValueError, match=r"grads\['t'\].*put the state's inner into a new state"):
         tx.update(draw_rows(0), state, TABLE)
@@ -470,8 +466,8 @@ def test_a_state_whose_sum_of_lazy_rows_is_dense():
 
 @pytest.mark.parametrize("rows", ["dense", "lazy"])
 @pytest.mark.slow
-def test_bad_rows_are_skipped(rows):
-    """Whichever row is bad. The next good gradients are applied as if it had not been there."""
+def test_a_row_gradient_that_is_not_finite_is_skipped(rows):
+    """Whichever row is not finite. The next good gradients act as if the bad ones had not come."""
     inner = chain(adamw(0.1, rows=rows), weight_ema(0.9))
     tx, params, expected = skip_not_finite(inner), TABLE, TABLE
     state, inner_state = tx.init(params), inner.init(params)
@@ -495,7 +491,7 @@ def test_bad_rows_are_skipped(rows):
     assert int(skipped_steps(state)) == 16
 
 
-def test_nan_at_an_index_outside_the_table_makes_no_step_bad():
+def test_nan_at_an_index_outside_the_table_skips_no_step():
     tx = skip_not_finite(scale(-1.0))
     rows = row_gradient(jnp.array([-1, 2]), jnp.array([[jnp.nan] * 2, [1.0] * 2]), ROWS)
     updates, state = tx.update(rows, tx.init(TABLE["t"]))
@@ -504,68 +500,69 @@ def test_nan_at_an_index_outside_the_table_makes_no_step_bad():
 
 
 WRAPPERS = {
-    "skip": lambda tx, **room: skip_not_finite(tx),
-    "accumulate": lambda tx, **room: accumulate_gradients(tx, 2, **room),
-    "both": lambda tx, **room: skip_not_finite(accumulate_gradients(tx, 2, **room)),
+    "skip": lambda tx, **options: skip_not_finite(tx),
+    "accumulate": lambda tx, **options: accumulate_gradients(tx, 2, **options),
+    "both": lambda tx, **options: skip_not_finite(accumulate_gradients(tx, 2, **options)),
 }
 
 
-@pytest.mark.parametrize("ticketed", [False, True])
+@pytest.mark.parametrize("has_ticket", [False, True])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.slow
-def test_around_exact_rows(wrapper, ticketed):
+def test_around_exact_rows(wrapper, has_ticket):
     """The steps are those of the wrapper around the dense optimizer.
 
-    If `ticketed`, each step has a ticket from the `exact_rows` inside.
+    If `has_ticket`, each step has a ticket from the `exact_rows` inside.
     """
     wrap, dense_inner = WRAPPERS[wrapper], adamw(0.1, weight_decay=0.1)
     bad_steps = () if wrapper == "accumulate" else (3, 4)
     exact = exact_rows(dense_inner, "t", history=256)
-    tx, other = wrap(exact, max_rows=6), wrap(dense_inner)
+    tx, dense_tx = wrap(exact, max_rows=6), wrap(dense_inner)
     params = expected = TABLE
-    state, other_state = tx.init(params), other.init(params)
+    state, dense_state = tx.init(params), dense_tx.init(params)
 
-    def inner(state):
-        return state if hasattr(state, "rings") else inner(state.inner)
+    def state_of_exact(state):
+        return state if hasattr(state, "rings") else state_of_exact(state.inner)
 
     @jax.jit
     def step(params, state, grads):
-        kept = {}
-        if ticketed:
-            _, kept["ticket"] = exact.prepare(params, inner(state), {"t": grads["t"].indices})
-        updates, state = tx.update(grads, state, params, **kept)
+        extra_args = {}
+        if has_ticket:
+            indices = {"t": grads["t"].indices}
+            _, extra_args["ticket"] = exact.prepare(params, state_of_exact(state), indices)
+        updates, state = tx.update(grads, state, params, **extra_args)
         return apply_updates(params, updates), state
 
-    other_update = jax.jit(other.update)
+    dense_update = jax.jit(dense_tx.update)
     for t in range(12):
         grads = draw_rows(t)
         if t in bad_steps:
             grads = {**grads, "b": grads["b"].at[0].set(jnp.nan)}
         before = params
         params, state = step(params, state, grads)
-        updates, other_state = other_update(dense(grads), other_state, expected)
+        updates, dense_state = dense_update(dense(grads), dense_state, expected)
         expected = apply_updates(expected, updates)
         if t in bad_steps:
             assert_same(params, before)
-        read = exact.lookup(params, inner(state), "t", jnp.arange(ROWS))
-        assert_close({**params, "t": read}, expected, rtol=1e-6)
-    assert int(step_count(state)) == int(step_count(other_state)) > 4
-    flushed, _ = exact.flush(params, inner(state))
+        rows = exact.lookup(params, state_of_exact(state), "t", jnp.arange(ROWS))
+        assert_close({**params, "t": rows}, expected, rtol=1e-6)
+    assert int(step_count(state)) == int(step_count(dense_state)) > 4
+    flushed, _ = exact.flush(params, state_of_exact(state))
     assert_close(flushed, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("before", "after"), [(None, 3), (3, None), (3, 4)], ids=lambda rows: f"max_rows={rows}"
 )
-def test_a_state_with_room_for_other_rows_is_refused(before, after):
+def test_a_state_that_was_made_with_another_max_rows_is_refused(before, after):
     old, new = (accumulate_gradients(adam(), 2, max_rows=rows) for rows in (before, after))
     with pytest.raises(ValueError, match=r"the state accumulates 't' in .*, expected .*max_rows="):
         new.update(draw_rows(0), old.init(TABLE), TABLE)
 
 
 @pytest.mark.slow
-def test_a_ticket_reaches_the_inside():
-    """The updates follow a ticket that was changed, so it is used."""
+def test_a_ticket_reaches_exact_rows_inside_skip_not_finite():
+    """A changed ticket changes the updates, so the ticket is used."""
     exact, grads = exact_rows(adam(0.1), "t", history=256), draw_rows(0)
     tx = skip_not_finite(exact)
     state = tx.init(TABLE)
@@ -574,7 +571,7 @@ def test_a_ticket_reaches_the_inside():
     rows = ticket.rows["t"]
     forged = ticket.replace(rows={"t": rows._replace(moved=rows.moved + 10)})
     without, right, wrong = (
-        tx.update(grads, state, TABLE, ticket=given)[0]["t"] for given in (None, ticket, forged)
+        tx.update(grads, state, TABLE, ticket=x)[0]["t"] for x in (None, ticket, forged)
     )
     assert_same(right, without)
     (wrong,), (right,) = wrong.parts, right.parts
@@ -587,27 +584,27 @@ def test_a_ticket_reaches_the_inside():
 
 def test_skip_outside_drops_the_micro_batch():
     tx = skip_not_finite(accumulate_gradients(scale(1.0), 2))
-    found, state = updates_of(tx, (1.0, np.nan, 3.0, np.inf, 5.0, 7.0))
-    assert found == [0.0, 0.0, 2.0, 0.0, 0.0, 6.0]
+    updates, state = updates_of(tx, (1.0, np.nan, 3.0, np.inf, 5.0, 7.0))
+    assert updates == [0.0, 0.0, 2.0, 0.0, 0.0, 6.0]
     assert int(skipped_steps(state)) == 2
 
 
-def test_skip_inside_drops_the_whole_step_and_starts_afresh():
+def test_skip_inside_drops_the_whole_step_and_clears_the_sum():
     tx = accumulate_gradients(skip_not_finite(scale(1.0)), 2)
-    found, state = updates_of(tx, (1.0, np.nan, 3.0, 5.0))
-    assert found == [0.0, 0.0, 0.0, 4.0]
+    updates, state = updates_of(tx, (1.0, np.nan, 3.0, 5.0))
+    assert updates == [0.0, 0.0, 0.0, 4.0]
     assert int(skipped_steps(state)) == 1
 
 
-def test_accumulation_in_accumulation():
+def test_accumulate_gradients_inside_accumulate_gradients():
     tx = accumulate_gradients(accumulate_gradients(scale(1.0), 2), 2)
-    found, state = updates_of(tx, (1.0, 3.0, 5.0, 7.0))
+    updates, state = updates_of(tx, (1.0, 3.0, 5.0, 7.0))
     assert isinstance(state.inner, AccumulateGradientsState)
-    assert found == [0.0, 0.0, 0.0, 4.0]
+    assert updates == [0.0, 0.0, 0.0, 4.0]
 
 
 @pytest.mark.slow
-def test_optax_in_ours():
+def test_optax_inside_ours_moves_as_inside_the_wrappers_of_optax():
     for ours, theirs in (
         (accumulate_gradients(optax.adamw(0.1), 2), optax.MultiSteps(optax.adamw(0.1), 2)),
         (skip_not_finite(optax.adamw(0.1)), optax.apply_if_finite(optax.adamw(0.1), 9)),
@@ -626,7 +623,7 @@ def test_optax_in_ours():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_wrapped_chains_round_once(dtype):
-    """From the mean of the micro-batches to the update, in float32 all the way."""
+    """The steps are computed in float32, from the mean of the micro-batches to the update."""
     params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     tx = accumulate_gradients(skip_not_finite(adamw(0.1)), 3)
@@ -664,7 +661,7 @@ def test_calls_outside_of_jit_compile_nothing_anew(wrapper):
 
 
 @pytest.mark.parametrize("steps", [2.4, 0, -1])
-def test_a_number_of_steps_that_was_edited_in_the_pytree_is_refused(steps):
+def test_a_wrong_number_of_steps_set_by_tree_map_is_refused(steps):
     tx = accumulate_gradients(adamw(0.1), 3)
     edited = jax.tree.map(lambda x: steps if x == 3 else x, tx)
     with pytest.raises(ValueError, match=rf"must be a whole number of at least 1 .*got {steps}"):

@@ -1,4 +1,4 @@
-"""Transforms for a part of the leaves: masked and partition, and their masks."""
+"""`masked`, `partition`, and the masks that select leaves."""
 
 import json
 import pickle
@@ -74,7 +74,7 @@ def zeroed(tree):
         lambda tree: is_named(tree, "kernel"),
     ],
 )
-def test_masked_applies_to_the_selected_leaves_and_passes_the_others(mask):
+def test_masked_transforms_the_selected_leaves_and_passes_the_others(mask):
     tx = masked(chain(clip_by_global_norm(1.0), scale_by_adam()), mask)
     state = tx.init(PARAMS)
     updates, next_state = tx.update(GRADS, state, PARAMS)
@@ -87,19 +87,19 @@ def test_masked_applies_to_the_selected_leaves_and_passes_the_others(mask):
     assert next_state[1].m["enc"]["bias"] is None
 
 
-def test_of_several_patterns_each_must_match():
+def test_each_of_several_patterns_must_match():
     for make in (lambda mask: masked(scale(0.0), mask), lambda mask: adamw(0.1, mask=mask)):
         tx = make(["kernel", "baiss"])
         with pytest.raises(ValueError, match=r"the pattern 'baiss' matches no leaf"):
             tx.init(PARAMS)
         assert make(["kernel", adamjax.optional("baiss")]).init(PARAMS) is not None
         assert from_config(to_config(tx)) == tx
-        # A list for a list of parameters is a tree of bools.
+        # A list with a bool in it is a tree of bools.
         with pytest.raises(TypeError, match=r"at '1' the mask has 'kernel' .*give a list"):
             make([True, "kernel"])
 
 
-def test_a_mask_may_stop_above_the_leaves():
+def test_a_bool_of_a_mask_may_stand_for_a_subtree():
     for mask in (lambda tree: {"enc": False, "head": True}, "^head"):
         updates, _ = masked(scale(0.0), mask).update(GRADS, (), PARAMS)
         assert_same(updates["enc"], GRADS["enc"])
@@ -109,7 +109,7 @@ def test_a_mask_may_stop_above_the_leaves():
 
 
 def test_a_mask_function_of_a_path_is_refused():
-    """It would be called with the whole tree, whose keys are no paths."""
+    """It would be called with the whole tree, not with paths."""
     for make in (adamw, lambda rate, mask: masked(adam(rate), mask)):
         for mask in (lambda path: "bias" not in path, lambda path: np.bool_(False)):
             with pytest.raises(TypeError, match="with the tree, not with the path of each leaf"):
@@ -117,7 +117,7 @@ def test_a_mask_function_of_a_path_is_refused():
 
 
 def test_a_mask_function_gets_the_parameters_if_they_are_given():
-    """What it selects does not depend on a gradient that is None or wrong."""
+    """So the selection does not depend on a gradient that is None or has a wrong shape."""
     tx = masked(scale_by_adam(), matrices)
     state = tx.init(PARAMS)
     some = {"enc": {"kernel": None, "bias": GRADS["enc"]["bias"]}, "head": GRADS["head"]}
@@ -130,8 +130,7 @@ def test_a_mask_function_gets_the_parameters_if_they_are_given():
         tx.update(wrong, state, PARAMS)
 
 
-def test_masks_in_masks():
-    """The inner mask, a pattern or a function, sees only leaves that the outer one selects."""
+def test_an_inner_mask_sees_only_the_leaves_that_the_outer_mask_selects():
     for inner in ("bias", lambda tree: jax.tree.map(lambda x: jnp.ndim(x) == 1, tree)):
         tx = masked(masked(scale(0.0), inner), "^head")
         updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
@@ -153,7 +152,7 @@ def test_masked_leaves_integers_and_float0_alone():
 
 
 def assert_same_steps(ours, theirs):
-    """Two steps, in float64: optax' bias corrections are off by up to 3e-5 in float32."""
+    """Two steps in float64, because optax's bias corrections are off by up to 3e-5 in float32."""
     with enable_x64(True):
         params, grads = (
             jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), tree)
@@ -166,7 +165,7 @@ def assert_same_steps(ours, theirs):
             assert_close(updates, expected, rtol=1e-12)
 
 
-def test_masked_takes_a_transform_of_optax():
+def test_masked_accepts_a_transform_of_optax():
     with_ours = chain(masked(adam(0.1, eps=1e-8), "kernel"), scale(2.0))
     with_theirs = chain(masked(optax.adam(0.1), "kernel"), scale(2.0))
     assert_same_steps(with_ours, with_theirs)
@@ -176,7 +175,7 @@ def test_masked_takes_a_transform_of_optax():
 
 
 def id_of(x):
-    """A test's id. pytest-xdist needs the same in all processes, so it has no addresses."""
+    """A test's id without memory addresses: pytest-xdist needs the same ids in all processes."""
     return type(x).__name__ if " at 0x" in str(x) else str(x)
 
 
@@ -200,7 +199,7 @@ class Model:
 
 MODEL, MODEL_GRADS = Model(PARAMS["enc"], PARAMS["head"]), Model(GRADS["enc"], GRADS["head"])
 FLAGS = {"enc": {"kernel": True, "bias": False}, "head": {"kernel": False, "bias": True}}
-# A mask, and what it selects of PARAMS.
+# Masks, and for each leaf of PARAMS whether the mask selects it.
 TREES = {
     "a bool for each leaf": (FLAGS, FLAGS),
     "a NumPy bool for each leaf": (jax.tree.map(np.bool_, FLAGS), FLAGS),
@@ -217,7 +216,7 @@ TREES = {
 
 @pytest.mark.parametrize("name", TREES)
 def test_a_tree_of_bools_is_a_mask(name):
-    """It selects what it selects in optax, and so does a function that returns it."""
+    """It selects the same leaves as in optax, and so does a function that returns it."""
     mask, wanted = TREES[name]
     theirs = optax.masked(optax.scale(0.0), jax.tree.map(bool, mask))
     expected, _ = theirs.update(GRADS, theirs.init(PARAMS))
@@ -263,7 +262,7 @@ def test_a_transform_with_a_tree_of_bools_is_data(name):
         assert_same(init(tx, PARAMS), tx.init(PARAMS))
 
 
-def test_a_model_of_bools_is_a_tree_though_it_can_be_called():
+def test_a_callable_model_of_bools_is_a_tree_of_bools():
     mask = jax.tree.map(lambda x: jnp.ndim(x) == 2, MODEL)
     for tx in (masked(scale(0.0), mask), masked(scale(0.0), lambda tree: mask)):
         updates, _ = tx.update(MODEL_GRADS, tx.init(MODEL), MODEL)
@@ -274,14 +273,14 @@ def test_a_model_of_bools_is_a_tree_though_it_can_be_called():
     updates, _ = decay.update(jax.tree.map(jnp.zeros_like, MODEL), decay.init(MODEL), MODEL)
     assert np.all(np.asarray(updates.enc["kernel"]) != 0)
     assert not np.any(updates.enc["bias"])
-    # A bool may stand for a subtree, and None where there is no leaf.
+    # A bool may stand for a subtree, and None may stand where there is no leaf.
     masked(scale(0.0), Model(True, None)).init(Model(PARAMS["enc"], None))
     # A model without a bool is called as a mask function.
     kernel = GRADS["enc"]["kernel"]
     assert_same(masked(scale(0.0), Model(None, None)).update(kernel, ())[0], zeroed(kernel))
 
 
-def test_a_model_of_bools_and_others_is_refused():
+def test_a_callable_model_of_bools_and_other_leaves_is_refused():
     for mask in (Model(True, 1.0), Model({"a": True}, "enc")):
         with pytest.raises(TypeError, match="masked: the mask is a Model that can be called, and"):
             masked(scale(0.0), mask)
@@ -289,7 +288,7 @@ def test_a_model_of_bools_and_others_is_refused():
         masked(scale(0.0), Model(True, True)).init(PARAMS)
 
 
-def test_leaves_that_are_none_and_masks():
+def test_masks_of_leaves_that_are_none():
     """For a leaf that is None a mask may have a bool or None; for any other it must have a bool."""
     some = {"enc": {"kernel": PARAMS["enc"]["kernel"], "bias": None}, "head": None}
     for mask in (
@@ -321,7 +320,7 @@ def test_leaves_that_are_none_and_masks():
     ids=id_of,
 )
 def test_a_tree_that_does_not_fit_is_refused(mask, misfit):
-    """`init` and `update` refuse it, whether it is given or returned by a mask function."""
+    """`init` and `update` refuse it, also if a mask function returns it."""
     owners = {
         "masked": lambda m: masked(scale(0.0), m),
         "add_decayed_weights": lambda m: adamw(mask=m).transforms[1],
@@ -340,7 +339,7 @@ def test_a_tree_that_does_not_fit_is_refused(mask, misfit):
                     call(make(given))
 
 
-def test_containers_that_differ_are_refused():
+def test_a_mask_with_other_containers_is_refused():
     tx = masked(scale(0.0), [True, False])
     with pytest.raises(
         ValueError, match=r"its structure is .*\[\*, \*\].*the leaves' structure is .*\(\*"
@@ -349,7 +348,7 @@ def test_containers_that_differ_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("leaf", "said"),
+    ("leaf", "text"),
     [
         ("yes", "'yes' of type str"),
         (1, "1 of type int"),
@@ -361,15 +360,15 @@ def test_containers_that_differ_are_refused():
     ],
     ids=id_of,
 )
-def test_what_is_no_bool_is_refused(leaf, said):
+def test_a_leaf_of_a_mask_that_is_not_a_bool_is_refused(leaf, text):
     mask = {"enc": {"kernel": True, "bias": leaf}, "head": False}
     for make, owner in (
         (lambda m: masked(scale(0.0), m), "masked"),
         (lambda m: adamw(mask=m), "add_decayed_weights"),
     ):
-        with pytest.raises(TypeError, match=f"^{owner}: at 'enc/bias' the mask has .*{said}"):
+        with pytest.raises(TypeError, match=f"^{owner}: at 'enc/bias' the mask has .*{text}"):
             make(mask)
-        returned = f"^{owner}: the result of the mask function: at 'enc/bias' the mask has .*{said}"
+        returned = f"^{owner}: the result of the mask function: at 'enc/bias' the mask has .*{text}"
         with pytest.raises(TypeError, match=returned):
             make(lambda tree: mask).init(PARAMS)
     with pytest.raises(TypeError, match="a path pattern must be a str, got None"):
@@ -379,8 +378,8 @@ def test_what_is_no_bool_is_refused(leaf, said):
             masked(scale(0.0), lambda tree, x=returned: x).init(PARAMS)
 
 
-def test_row_gradients_and_masks():
-    """A mask function gets the parameters; without these, it gets the row gradients themselves."""
+def test_masks_of_row_gradients():
+    """A mask function gets the parameters, or without these the row gradients."""
     params = {"table": jnp.ones((9, 2)), "w": jnp.ones(2)}
     grads = {"table": row_gradient(jnp.array([3, 3]), jnp.ones((2, 2)), 9), "w": jnp.ones(2)}
     for mask in ({"table": True, "w": False}, matrices):
@@ -396,7 +395,7 @@ def test_row_gradients_and_masks():
         masked(scale(0.5), matrices).update(grads, ())
 
 
-def test_a_tree_of_bools_in_a_config():
+def test_a_tree_of_bools_is_encoded_in_a_config():
     config = to_config(masked(scale(0.5), {"a": True, "b": [False, (True, None)]}))
     encoded = {"dict": {"a": True, "b": {"list": [False, [True, None]]}}}
     assert config["pattern"] == {"bools": encoded}
@@ -408,7 +407,7 @@ def test_a_tree_of_bools_in_a_config():
         from_config({**config, "pattern": {"bools": {"dict": {"a": 1}}}})
 
 
-# --- mask functions resolved ---------------------------------------------------------------------
+# --- resolve_masks -------------------------------------------------------------------------------
 
 BIG = {"table": jnp.ones((20, 2)), "w": jnp.ones((3, 2)), "none": None}
 
@@ -417,12 +416,12 @@ def many_rows(tree):
     return jax.tree.map(lambda x: x.shape[0] > 10, tree)
 
 
-# What `many_rows` returns for all leaves, for the table alone and for `w` alone.
+# The results of `many_rows` for all leaves, for the table alone and for `w` alone.
 OF_ALL = {"none": None, "table": True, "w": False}
 OF_TABLE = {"none": None, "table": True, "w": None}
 OF_W = {"none": None, "table": None, "w": False}
-# A transform from a mask of all leaves, one of the table alone and one of `w` alone.
-RESOLVED = {
+# Functions from a mask of all leaves, one of the table alone and one of `w` alone to a transform.
+MASK_USERS = {
     "decay": lambda of_all, of_table, of_w: adamw(0.1, mask=of_all),
     "masked": lambda of_all, of_table, of_w: masked(adam(), of_all),
     "in masked": lambda of_all, of_table, of_w: masked(adamw(mask=of_table), of_all),
@@ -441,20 +440,20 @@ RESOLVED = {
 }
 
 
-@pytest.mark.parametrize("name", RESOLVED)
+@pytest.mark.parametrize("name", MASK_USERS)
 def test_resolve_masks_replaces_mask_functions_by_the_bools_they_return(name):
-    """At any depth, each for the leaves that it sees; the rest stays what it was."""
-    tx = RESOLVED[name](many_rows, many_rows, many_rows)
-    expected = RESOLVED[name](OF_ALL, OF_TABLE, OF_W)
-    found = tx.resolve_masks(BIG)
-    assert found == expected
-    assert hash(found) == hash(expected)
-    assert found.resolve_masks(BIG) is found
-    assert_same(found.init(BIG), tx.init(BIG))
+    """At any depth, each with the bools of the leaves that it sees."""
+    tx = MASK_USERS[name](many_rows, many_rows, many_rows)
+    expected = MASK_USERS[name](OF_ALL, OF_TABLE, OF_W)
+    resolved = tx.resolve_masks(BIG)
+    assert resolved == expected
+    assert hash(resolved) == hash(expected)
+    assert resolved.resolve_masks(BIG) is resolved
+    assert_same(resolved.init(BIG), tx.init(BIG))
     assert jax.eval_shape(lambda params: tx.resolve_masks(params).init(params), BIG)
 
 
-def test_what_has_no_mask_function_is_left_as_it_is():
+def test_resolve_masks_returns_transforms_without_mask_functions_themselves():
     for tx in (
         adam(jnp.array(0.1)),
         adamw(mask="w"),
@@ -463,11 +462,11 @@ def test_what_has_no_mask_function_is_left_as_it_is():
     ):
         assert tx.resolve_masks(BIG) is tx
     parts = chain(adam(jnp.array(0.1)), masked(scale(1.0), many_rows))
-    found = parts.resolve_masks(BIG)
-    assert found.transforms[0] is parts.transforms[0]
+    resolved = parts.resolve_masks(BIG)
+    assert resolved.transforms[0] is parts.transforms[0]
 
 
-def test_a_resolved_mask_stays_the_same_where_a_few_rows_are_in_the_tables_place():
+def test_a_resolved_mask_does_not_depend_on_the_number_of_rows():
     tx = add_decayed_weights(0.5, many_rows).resolve_masks(BIG)
     rows = {**BIG, "table": BIG["table"][:3]}
     updates, _ = tx.update(zeroed(rows), tx.init(BIG), rows)
@@ -478,7 +477,7 @@ def test_a_resolved_mask_stays_the_same_where_a_few_rows_are_in_the_tables_place
 # --- partition ----------------------------------------------------------------------------------
 
 
-def test_partition_gives_every_leaf_to_the_first_match_else_the_default():
+def test_partition_applies_the_first_match_or_the_default_to_each_leaf():
     tx = partition([("^enc", scale(2.0)), ("bias", scale(3.0))], default=scale(5.0))
     updates, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
     factors = {"enc": {"kernel": 2, "bias": 2}, "head": {"kernel": 5, "bias": 3}}
@@ -486,8 +485,7 @@ def test_partition_gives_every_leaf_to_the_first_match_else_the_default():
     assert state == ((), (), ())
 
 
-def test_every_part_sees_its_own_leaves_only():
-    """Norms, states and parameters."""
+def test_norms_states_and_parameters_of_a_part_have_only_its_leaves():
     tx = partition(
         [("kernel", chain(clip_by_global_norm(1.0), scale(-1.0)))],
         default=adamw(0.1, weight_decay=0.5),
@@ -524,14 +522,14 @@ def test_partitions_in_partitions():
     assert_same(updates, jax.tree.map(lambda f, g: f * g, factors, GRADS))
 
 
-def test_partition_is_optax_multi_transform():
+def test_partition_equals_optax_multi_transform():
     tx = partition([("kernel", optax.adam(0.1))], default=adam(0.2, eps=1e-8))
     labels = {top: {"kernel": "k", "bias": "b"} for top in PARAMS}
     theirs = optax.multi_transform({"k": optax.adam(0.1), "b": optax.adam(0.2)}, labels)
     assert_same_steps(tx, theirs)
 
 
-def test_a_part_of_partition_names_a_gradient_by_its_whole_path():
+def test_an_error_in_a_part_of_partition_has_the_whole_path():
     tx = partition([("kernel", scale_by_adam())], default=scale(1.0))
     wrong = {"enc": {**GRADS["enc"], "kernel": jnp.ones(3)}, "head": GRADS["head"]}
     with pytest.raises(ValueError, match=r"scale_by_adam: grads\['enc/kernel'\].*\(1, 2\)"):
@@ -539,7 +537,7 @@ def test_a_part_of_partition_names_a_gradient_by_its_whole_path():
 
 
 def test_frozen_leaves_stay_as_they_are_whatever_their_gradients_are():
-    """0 times NaN is NaN, so `scale(0.0)` would pass the NaN on to weights that are not trained."""
+    """`scale(0.0)` would make frozen weights NaN, because 0 times NaN is NaN."""
     params = {"base": {"table": jnp.ones((4, 2)), "w": jnp.ones(3)}, "head": jnp.ones(3)}
     bad = {"base": {"table": jnp.full((4, 2), jnp.nan), "w": jnp.array([jnp.inf, 1.0, -2.0])}}
     rows = row_gradient(jnp.array([1]), jnp.full((1, 2), jnp.nan), num_rows=4)

@@ -1,9 +1,10 @@
-"""The quality suite: its data are split without leakage, its statistics are right, runs resume."""
+"""The quality suite: splits without leakage, the contenders, statistics, and resumed runs."""
 
 import contextlib
 import dataclasses
 import doctest
 import importlib
+import itertools
 import json
 import math
 
@@ -37,7 +38,7 @@ from benchmarks.train.options import UserError
 
 
 def is_installed():
-    """Whether the files of MovieLens are there."""
+    """Whether the files of MovieLens are installed."""
     with contextlib.suppress(UserError):
         return all(data.path(name).exists() for name in data.HASHES)
     return False
@@ -48,16 +49,16 @@ needs_data = pytest.mark.skipif(not is_installed(), reason=data.MISSING)
 
 @pytest.mark.parametrize("name", ["model", "protocol", "run", "statistics"])
 def test_examples_of_the_docstrings(name):
-    found = doctest.testmod(importlib.import_module(f"benchmarks.quality.{name}"))
-    assert found.attempted
-    assert not found.failed
+    result = doctest.testmod(importlib.import_module(f"benchmarks.quality.{name}"))
+    assert result.attempted
+    assert not result.failed
 
 
 # --- the data -------------------------------------------------------------------------------------
 
 
 def random_ratings(users=30, items=150, seed=0):
-    """Some ratings of each user, in random order, with many at the same second."""
+    """3 to 39 ratings of each user, in random order, many of them at the same second."""
     rng = np.random.default_rng(seed)
     pairs = [(u, i) for u in range(users) for i in rng.permutation(items)[: rng.integers(3, 40)]]
     pairs = np.array(pairs)[rng.permutation(len(pairs))]
@@ -65,8 +66,8 @@ def random_ratings(users=30, items=150, seed=0):
     return pairs[:, 0], pairs[:, 1], rng.integers(0, 50, len(pairs))
 
 
-def check_split(ratings, total):
-    """Nothing of a user's last two ratings is in training, and their times are in order."""
+def assert_split_by_time(ratings, total):
+    """A user's last two ratings are not in training, and no training rating is later."""
     users = ratings.training[:, 0]
     assert len(users) + 2 * ratings.users == total
     in_training = set(map(tuple, ratings.training.tolist()))
@@ -90,8 +91,8 @@ def check_split(ratings, total):
 def test_the_last_two_ratings_of_each_user_are_held_out():
     users, items, times = random_ratings()
     ratings = data.split_ratings(users, items, times)
-    check_split(ratings, len(users))
-    # The items before the validation are in training; those before the test end in the validation.
+    assert_split_by_time(ratings, len(users))
+    # The last item before the validation is in training; before the test, it is the validation's.
     windows, validation, test = ratings.before(5)
     assert windows.shape == (len(ratings.training), 5)
     first = np.searchsorted(ratings.training[:, 0], np.arange(ratings.users))
@@ -103,7 +104,7 @@ def test_the_last_two_ratings_of_each_user_are_held_out():
     assert (validation != ratings.test[:, 1:]).all()
 
 
-def test_drawn_items_were_not_rated_in_training():
+def test_unrated_draws_only_items_that_the_user_did_not_rate_in_training():
     ratings = data.split_ratings(*random_ratings())
     users = np.repeat(np.arange(ratings.users, dtype=np.int32), 20).reshape(-1, 10)
     items = ratings.unrated(np.random.default_rng(0), users, 7)
@@ -111,26 +112,25 @@ def test_drawn_items_were_not_rated_in_training():
     assert not ratings.rated[users[..., None], items].any()
 
 
-def test_both_directions_of_a_fact_are_on_one_side():
+def test_both_directions_of_a_fact_are_in_the_same_part_of_the_split():
     rng = np.random.default_rng(0)
     # Facts of relation 0, and the same in the other direction with relation 1.
     facts = np.stack([rng.integers(0, 60, 500), np.zeros(500, int), rng.integers(0, 60, 500)], 1)
     inverses = facts[:, [2, 1, 0]] + [0, 1, 0]
     graph = data.split_facts(np.concatenate([facts, inverses]), 60, 2)
-    sides = [
+    pairs_of_parts = [
         {frozenset((h, t)) for h, _, t in getattr(graph, part).tolist()}
         for part in ("training", "validation", "test")
     ]
-    assert all(sides)
-    assert not sides[0] & sides[1]
-    assert not sides[0] & sides[2]
-    assert not sides[1] & sides[2]
+    assert all(pairs_of_parts)
+    for one, another in itertools.combinations(pairs_of_parts, 2):
+        assert not one & another
     trained = set(graph.training[:, [0, 2]].ravel().tolist())
     for part in (graph.validation, graph.test):
         assert set(part[:, [0, 2]].ravel().tolist()) <= trained
 
 
-def test_a_missing_package_is_one_line_that_says_how_to_get_it(monkeypatch):
+def test_the_error_for_a_missing_package_has_the_command_to_install_it(monkeypatch):
     def files(name):
         raise data.importlib.metadata.PackageNotFoundError
 
@@ -140,7 +140,7 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(monkeypatch):
         data.path("ml-100k.inter")
 
 
-def test_another_file_is_refused(monkeypatch, tmp_path):
+def test_a_file_with_another_hash_is_refused(monkeypatch, tmp_path):
     (tmp_path / "ml-100k.inter").write_text("user\titem\n1\t2\n")
     monkeypatch.setattr(data, "path", lambda name: tmp_path / name)
     with pytest.raises(UserError, match=r"not the file of recbole 1\.2\.1 \(SHA-256 [0-9a-f]{64}"):
@@ -148,14 +148,14 @@ def test_another_file_is_refused(monkeypatch, tmp_path):
 
 
 @needs_data
-def test_the_ratings_are_movielens():
+def test_the_ratings_have_the_size_of_movielens():
     ratings = data.ratings()
     assert (ratings.users, ratings.items) == (943, 1682)
-    check_split(ratings, 100_000)
+    assert_split_by_time(ratings, 100_000)
 
 
 @needs_data
-def test_the_graph_is_recboles():
+def test_the_graph_has_the_size_of_recboles():
     graph = data.graph()
     assert (graph.entities, graph.relations) == (34_628, 24)
     sizes = [len(getattr(graph, part)) for part in ("training", "validation", "test")]
@@ -165,7 +165,7 @@ def test_the_graph_is_recboles():
 @needs_data
 @pytest.mark.slow
 @pytest.mark.parametrize("model", models.MODELS, ids=lambda model: model.name)
-def test_batches_follow_from_the_seed_alone_and_models_learn_from_them(model):
+def test_batches_depend_on_the_seed_alone_and_models_have_gradients_and_scores(model):
     model = dataclasses.replace(model, epochs=1, steps=5, batch=8)
     batches, again, others = model.batches(3), model.batches(3), model.batches(4)
     for x, same, other in zip(batches, again, others, strict=True):
@@ -190,9 +190,9 @@ ROWS, STEPS, RATE = 12, 40, 0.02
 
 
 def trained(name, b2=protocol.B2, steps=STEPS):
-    """The weights of a table and of a vector after some steps, on the same batches for all."""
+    """The weights of a table and a vector after some steps of a contender, all on equal batches."""
     rng = np.random.default_rng(0)
-    # Row 0 is read in each step, the last ones hardly ever.
+    # Each step reads row 0. The last rows are hardly ever read.
     ids = np.minimum(rng.geometric(0.3, (steps, 4)) - 1, ROWS - 1)
     ids[:, 0] = 0
     batches = ids.astype(np.int32), rng.standard_normal((steps, 4), np.float32)
@@ -211,7 +211,7 @@ def trained(name, b2=protocol.B2, steps=STEPS):
 
 
 @pytest.mark.slow
-def test_exact_is_dense_and_the_others_are_not():
+def test_exact_equals_dense_and_the_other_contenders_do_not():
     dense = trained("dense")
     assert_close(trained("exact"), dense, rtol=2e-5)
     assert_close(trained("exact"), trained("adamjax dense"), rtol=2e-6)
@@ -226,8 +226,8 @@ def test_every_contender_has_a_maker():
 
 
 @pytest.mark.parametrize("name", ["counted", "local"])
-def test_the_rules_of_this_benchmark_by_hand(name):
-    """One row, read at steps 1, 2, 5 and 9 of ten, against the formulas in float64."""
+def test_the_rules_of_this_benchmark_follow_their_formulas(name):
+    """One row, read in steps 1, 2, 5 and 9 of ten, against the formulas in float64."""
     reads, b1, b2, eps = {1: 1.0, 2: -0.5, 5: 0.25, 9: 2.0}, protocol.B1, 0.99, protocol.EPS
 
     def loss(params, batch):
@@ -249,22 +249,22 @@ def test_the_rules_of_this_benchmark_by_hand(name):
             continue
         before = m, v
         m, v = b1 ** (t - last) * m + (1 - b1) * g, b2 ** (t - last) * v + (1 - b2) * g * g
-        if name == "counted":  # the momentum of the steps between, and the step itself
+        if name == "counted":  # the momentum of the missed steps, and this step
             momentum = m + sum(b1**i * before[0] for i in range(1, t - last))
             w -= RATE * (momentum / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + eps)
-        else:  # all moves from the last read until now, with what the last read left
+        else:  # the last read's step and the missed ones, with the moments of the last read
             for i in range(t - last):
-                move = b1**i * before[0] / (math.sqrt(before[1]) + eps)
-                w -= RATE * correction(last) * move
+                direction = b1**i * before[0] / (math.sqrt(before[1]) + eps)
+                w -= RATE * correction(last) * direction
         last = t
     assert float(contender.read(carry)["table"][0, 0]) == pytest.approx(w, rel=2e-6)
 
 
 @pytest.mark.slow
-def test_divergence_grows_with_the_gap():
+def test_lazy_diverges_more_for_larger_gaps_and_exact_does_not():
     measured = divergence.measured(0.999, 200)
     assert max(measured["exact"]) < 1e-4
-    # Rows that are read every 100 steps or less often have moved twice at most.
+    # Rows with a gap of 100 or more have been read at most twice, so they are left out.
     assert measured["lazy"][0] < 1e-4 < 0.05 < measured["lazy"][1]
     assert measured["lazy"][:6] == sorted(measured["lazy"][:6])
 
@@ -273,18 +273,18 @@ def test_divergence_grows_with_the_gap():
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, -2.0])
-def test_the_paired_test_agrees_with_scipys(shift):
+def test_the_paired_t_test_agrees_with_scipy(shift):
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=20) + shift, rng.normal(size=20)
-    found, expected = statistics.paired(first, second), stats.ttest_rel(first, second)
+    result, expected = statistics.paired(first, second), stats.ttest_rel(first, second)
     interval = expected.confidence_interval(0.95)
-    assert found.p == pytest.approx(expected.pvalue)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-    assert found.mean == pytest.approx(np.mean(first - second))
-    assert found.effect == pytest.approx(np.mean(first - second) / np.std(first - second, ddof=1))
+    assert result.p == pytest.approx(expected.pvalue)
+    assert (result.low, result.high) == pytest.approx((interval.low, interval.high))
+    assert result.mean == pytest.approx(np.mean(first - second))
+    assert result.effect == pytest.approx(np.mean(first - second) / np.std(first - second, ddof=1))
 
 
-def test_the_equivalence_test_is_two_one_sided_ones():
+def test_the_equivalence_test_is_two_one_sided_t_tests():
     rng = np.random.default_rng(1)
     for _ in range(50):
         differences = rng.normal(rng.uniform(-0.02, 0.02), 0.01, 12)
@@ -293,7 +293,7 @@ def test_the_equivalence_test_is_two_one_sided_ones():
         assert statistics.is_within(differences, 0.01) == (max(above, below) < protocol.ALPHA)
 
 
-def test_equal_and_failed_runs():
+def test_the_paired_t_test_of_equal_and_failed_runs():
     same = statistics.paired([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     assert (same.mean, same.p, same.effect) == (0, 1, 0)
     shifted = statistics.paired([2.0, 3.0], [1.0, 2.0])
@@ -306,7 +306,7 @@ def test_equal_and_failed_runs():
         statistics.paired([1.0], [2.0])
 
 
-def test_outcomes():
+def test_the_outcome_depends_on_the_margin_and_the_p_value():
     def outcome(differences, p, higher_is_better=True):
         return statistics.outcome(differences, p, 0.01, higher_is_better)
 
@@ -317,15 +317,15 @@ def test_outcomes():
     assert outcome(far, p=0.001, higher_is_better=False) == "worse"
     assert outcome(far, p=0.2) == "undecided"
     assert outcome(wide, p=0.9) == "undecided"
-    # A difference that is certain but smaller than the margin.
+    # The difference is significant but smaller than the margin.
     assert outcome([0.005, 0.0051, 0.0049], p=0.001) == "same"
 
 
-def test_scores_that_are_not_finite_lose():
+def test_nan_scores_and_losses_count_against_the_model():
     scores = jnp.array([[jnp.nan, 0.0, 1.0], [1.0, jnp.nan, 0.0], [0.0, 0.0, -1.0]])
     assert ranking(scores)["MRR"].tolist() == pytest.approx([1 / 3, 1 / 2, 1 / 2])
-    nan = {0.1: [math.nan, 9.0], 0.2: [1.0, 1.0]}
-    assert run.chosen_rate(nan, "HR@10") == run.chosen_rate(nan, "loss") == 0.2
+    by_rate = {0.1: [math.nan, 9.0], 0.2: [1.0, 1.0]}
+    assert run.chosen_rate(by_rate, "HR@10") == run.chosen_rate(by_rate, "loss") == 0.2
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def test_scores_that_are_not_finite_lose():
 
 @dataclasses.dataclass(frozen=True)
 class Toy(Model):
-    """A regression on rows, in place of the models that need data."""
+    """A regression on rows, which needs no data set."""
 
     name = "toy"
     data = "made"
@@ -369,25 +369,29 @@ FULL_PLAN = toy_plan("dense", "adamjax dense", "exact", "lazy")
 
 
 def without_times(records):
-    return {key: {k: x for k, x in c.items() if k != "seconds"} for key, c in records.cells.items()}
+    return {
+        key: {name: x for name, x in cell.items() if name != "seconds"}
+        for key, cell in records.cells.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    """The journal of a finished run of FULL_PLAN."""
     records = journal.Journal(tmp_path_factory.mktemp("toy") / "journal.jsonl", {"of": "toys"})
-    calls = [is_new for _, _, is_new in FULL_PLAN.run(records)]
-    assert calls == [True] * FULL_PLAN.cells == [True] * len(records.cells)
+    new = [is_new for _, _, is_new in FULL_PLAN.run(records)]
+    assert new == [True] * FULL_PLAN.cells == [True] * len(records.cells)
     return records
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_and_repeats_nothing(tmp_path, finished):
+def test_an_interrupted_run_resumes_and_repeats_no_cell(tmp_path, finished):
     path, plan = tmp_path / "journal.jsonl", toy_plan("dense", "lazy")
     interrupted = plan.run(journal.Journal(path, {"of": "toys"}))
     for _ in range(7):
         next(interrupted)
     interrupted.close()
-    with path.open("a") as file:  # as if it was interrupted while it wrote a line
+    with path.open("a") as file:  # as if the run was interrupted while it wrote a line
         file.write('{"cell": ["test", "toy", "la')
     records = journal.Journal(path, {"of": "toys"})
     assert len(records.cells) == 7
@@ -407,7 +411,7 @@ def test_a_journal_of_another_run_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_results_of_runs(finished):
+def test_the_summary_of_a_finished_run(finished):
     (row,) = summary.summarised(FULL_PLAN, finished)
     assert row["contenders"]["exact"]["rate"] == row["contenders"]["dense"]["rate"]
     exact = row["contenders"]["exact"]["test"]["loss"]
@@ -431,7 +435,7 @@ def test_results_of_runs(finished):
 
 
 @pytest.mark.slow
-def test_the_answer_and_the_report_show_what_was_found(finished, tmp_path):
+def test_the_answer_and_the_report_show_the_results(finished, tmp_path):
     pytest.importorskip("matplotlib")
     from benchmarks import tables
     from benchmarks.quality import report
@@ -453,8 +457,8 @@ def test_the_answer_and_the_report_show_what_was_found(finished, tmp_path):
     results = json.loads(json.dumps(results))
     text = tables.SUITES["quality"](results)
     assert "**Exact**, against dense: same in 1 of 1 comparisons" in text
-    found = results["models"][0]["contenders"]["lazy"]["test"]["loss"]
-    assert answer.difference(found) in text
+    lazy_loss = results["models"][0]["contenders"]["lazy"]["test"]["loss"]
+    assert answer.difference(lazy_loss) in text
     written = report.write(results, tmp_path)
     plots = ["quality-time.png", "quality-reads.png", "quality-divergence.png"]
     assert [path.name for path in written] == [*plots, "quality.md"]
@@ -462,13 +466,13 @@ def test_the_answer_and_the_report_show_what_was_found(finished, tmp_path):
     lazy = results["models"][0]["contenders"]["lazy"]
     assert f"| lazy | {lazy['rate']:g} |" in page
     assert all(f"](quality-{name}.png)" in page for name in report.CAPTIONS)
-    found["difference"] = None  # a run that failed
+    lazy_loss["difference"] = None  # as if a run failed
     assert "runs failed" in tables.SUITES["quality"](results)
 
 
 @needs_data
 @pytest.mark.slow
-def test_a_quick_run_and_the_same_command_again(tmp_path):
+def test_the_same_command_again_repeats_no_cell_of_a_quick_run(tmp_path):
     command = ["quality", "--quick", "--journal", "j.jsonl", "--out", "out/quality.json"]
     done = run_benchmarks(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -476,8 +480,8 @@ def test_a_quick_run_and_the_same_command_again(tmp_path):
     assert [row["model"] for row in results["models"]] == [m.name for m in models.MODELS]
     assert results["models"][0]["contenders"].keys() == protocol.CONTENDERS.keys()
     for row in results["models"]:
-        for found in row["contenders"]["exact"]["test"].values():
-            assert found["outcome"] == "same"
+        for comparison in row["contenders"]["exact"]["test"].values():
+            assert comparison["outcome"] == "same"
     journal_before = (tmp_path / "j.jsonl").read_text()
     again = run_benchmarks(*command, cwd=tmp_path)
     assert "cells are done already" in again.stdout
@@ -487,17 +491,17 @@ def test_a_quick_run_and_the_same_command_again(tmp_path):
 # --- in float64 -----------------------------------------------------------------------------------
 
 
-def test_a_metric_is_the_same_up_to_what_is_allowed():
+def test_compared_counts_epochs_within_the_allowed_difference():
     dense = [0.5, 0.25, 4.0]
     assert float64.compared(dense, dense, 0.0) == {"largest": 0.0, "same": 1.0}
     own = [0.5, 0.25 * (1 + 1e-6), 4.0]
-    found = float64.compared(own, dense, 0.0)
-    assert found["same"] == 2 / 3
-    assert_close(found["largest"], 1e-6, rtol=1e-6)
+    result = float64.compared(own, dense, 0.0)
+    assert result["same"] == 2 / 3
+    assert_close(result["largest"], 1e-6, rtol=1e-6)
     assert float64.compared(own, dense, 1e-5)["same"] == 1
 
 
-def test_half_the_weights_are_one_ulp_off():
+def test_one_ulp_off_moves_about_half_of_the_weights():
     start = {"table": jnp.linspace(-1.0, 1.0, 1000)}
     moved = float64.one_ulp_off(start, seed=0)["table"]
     is_moved = np.asarray(moved != start["table"])
@@ -508,7 +512,7 @@ def test_half_the_weights_are_one_ulp_off():
     assert float64.distance([moved], [start["table"]]) <= 2.0**-23
 
 
-def test_the_rates_are_those_of_the_suite(tmp_path):
+def test_float64_reads_the_rates_of_the_suite_quality(tmp_path):
     assert float64.rates(float64.RATES_FROM).keys() == {m.name for m in models.MODELS}
     with pytest.raises(UserError, match="no results of the suite quality"):
         float64.rates(tmp_path / "quality.json")

@@ -1,4 +1,4 @@
-"""Every law finds what breaks it, and names the leaf and the numbers."""
+"""Every law finds a transform that breaks it. The errors name the leaf and the numbers."""
 
 import re
 from typing import Any, NamedTuple
@@ -45,17 +45,17 @@ class by_leaf(sound):
     """Applies `of_leaf` to each leaf; leaves `None` and row gradients as they are."""
 
     def update(self, updates, state, params=None, **extra_args):
-        def one(g):
+        def mapped(g):
             return g if is_rows(g) or extend.is_left_alone(g) else self.of_leaf(g)
 
-        return jax.tree.map(one, updates, is_leaf=is_rows), state
+        return jax.tree.map(mapped, updates, is_leaf=is_rows), state
 
     def of_leaf(self, g):
         raise NotImplementedError
 
 
 class with_state(sound):
-    """Keeps the sum of the gradients."""
+    """Has the sum of the gradients in its state."""
 
     def init(self, params):
         return {"total": jax.tree.map(jnp.zeros_like, params)}
@@ -64,7 +64,7 @@ class with_state(sound):
         return updates, {"total": jax.tree.map(jnp.add, state["total"], updates)}
 
 
-# --- what is broken -------------------------------------------------------------------------------
+# --- broken transforms ----------------------------------------------------------------------------
 
 
 class mutating(with_state):
@@ -74,7 +74,7 @@ class mutating(with_state):
 
 
 class counting(sound):
-    """Keeps in the class how often it was called."""
+    """Counts its calls in a class attribute, and divides by their number."""
 
     def update(self, updates, state, params=None, **extra_args):
         counting.calls = getattr(counting, "calls", 0) + 1
@@ -82,7 +82,7 @@ class counting(sound):
 
 
 class drifting(with_state):
-    """Widened at the first step, where the dtype is narrow."""
+    """The first step widens totals of a narrow dtype to float32."""
 
     def update(self, updates, state, params=None, **extra_args):
         def total(m, g):
@@ -98,7 +98,7 @@ class StandingState(NamedTuple):
 
 
 class standing_count(sound):
-    """Forgets to count."""
+    """Its count never increases."""
 
     def init(self, params):
         return StandingState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
@@ -120,14 +120,14 @@ class promoting(by_leaf):
 
 
 class branching(by_leaf):
-    """Asks for the value of an array."""
+    """Branches on the value of an array."""
 
     def of_leaf(self, g):
         return g if g.size == 0 or jnp.all(jnp.isfinite(g)) else jnp.zeros_like(g)
 
 
 class holding_params(sound):
-    """Keeps the parameters' own arrays, which are then donated twice."""
+    """Its state is the parameters' own arrays, which a step then donates twice."""
 
     def init(self, params):
         return params
@@ -144,7 +144,7 @@ class in_float32(by_leaf):
 
 
 class rounding_twice(by_leaf):
-    """The quotient is rounded to the gradient's dtype, and then the product."""
+    """Rounds the quotient to the gradient's dtype, and then the product."""
 
     def of_leaf(self, g):
         return 3 * jax.lax.optimization_barrier(g / 3)
@@ -163,7 +163,7 @@ class branching_on_a_hyperparameter(by_leaf):
 
 
 class forgetting_none(with_state):
-    """Loses what it kept of a leaf without a gradient."""
+    """Replaces the total of a leaf without a gradient by `None`."""
 
     def update(self, updates, state, params=None, **extra_args):
         def total(g, m):
@@ -174,20 +174,20 @@ class forgetting_none(with_state):
 
 class moving_integers(sound):
     def update(self, updates, state, params=None, **extra_args):
-        def one(g):
+        def moved(g):
             return g + 1 if g.dtype == jnp.int32 else g
 
-        return jax.tree.map(one, updates), state
+        return jax.tree.map(moved, updates), state
 
 
 class dividing_by_the_largest(by_leaf):
-    """An empty array has none."""
+    """Fails for an empty array, which has no largest element."""
 
     def of_leaf(self, g):
         return g / jnp.max(jnp.abs(g))
 
 
-class first_leaf(sound):
+class dividing_by_the_first_leaf(sound):
     def update(self, updates, state, params=None, **extra_args):
         size = jnp.abs(jnp.ravel(jax.tree.leaves(updates)[0])[0])
         return jax.tree.map(lambda g: g / size, updates), state
@@ -206,14 +206,13 @@ class adding(by_leaf):
 
 
 class adding_to_rows(sound):
-    """Gives a gradient to what has none; `lift` trusts that it does not."""
+    """Adds 1 to elements without a gradient too; `lift` trusts that a function keeps zeros."""
 
     def update(self, updates, state, params=None, **extra_args):
-        rule = extend.lift("adding_to_rows", _shifted, extend.no_scalars, updates)
-        return rule[0], state
+        return extend.lift("adding_to_rows", _plus_1, extend.no_scalars, updates)[0], state
 
 
-def _shifted(_, g):
+def _plus_1(_, g):
     return (g + 1,)
 
 
@@ -223,13 +222,13 @@ class by_norm(by_leaf):
 
 
 class rows_blind(sound):
-    """`jax.tree.map`, which goes into row gradients."""
+    """Calls `jax.tree.map`, which also doubles the indices of row gradients."""
 
     def update(self, updates, state, params=None, **extra_args):
         return jax.tree.map(lambda g: 2 * g, updates), state
 
 
-class coasting_too_far(adamjax.scale_by_adam):
+class coasting_too_little(adamjax.scale_by_adam):
     def coast(self):
         return super().coast()._replace(b1=0.5)
 
@@ -271,20 +270,20 @@ def doubled_reference(g, step):
 
 
 class Pair(NamedTuple):
-    """The functions of a transform, as optax has them, without its data."""
+    """A pair of functions like optax's, without the fields of the transform."""
 
     init: Any
     update: Any
 
 
 class without_factors(adamjax.scale_by_adam):
-    """Loses the rate of a scaling that follows."""
+    """Ignores the factors of a scaling after it."""
 
     def step(self, grads, state, factors):
         return super().step(grads, state, None)
 
 
-# For each law a transform that breaks it, and what the error says of the leaf and the numbers.
+# For each law a transform that breaks it, and a pattern of the error: the leaf and the numbers.
 BROKEN = {
     "is_pure": (mutating(), r"update has changed the state that it was given"),
     "state_keeps_its_form": (
@@ -326,7 +325,7 @@ BROKEN = {
         r"updates\['count'\] is \[1 1\], expected zeros",
     ),
     "mixed_trees_keep_shapes_and_dtypes": (dividing_by_the_largest(), r"ValueError: zero-size"),
-    "empty_trees": (first_leaf(), r"IndexError"),
+    "empty_trees": (dividing_by_the_first_leaf(), r"IndexError"),
     "refuses_gradients_that_do_not_fit": (
         shape_blind(),
         r"grads\['layer/bias'\] that is a scalar is not refused",
@@ -345,7 +344,7 @@ BROKEN = {
     ),
     "row_gradients_mean_their_rows": (rows_blind(), r"computed with the leaves of a row gradient"),
     "exact_rows_is_dense_or_refuses": (
-        coasting_too_far(),
+        coasting_too_little(),
         r"params of exact_rows\(.*\), after 6 steps, .*\['layer'\]\['bias'\]\[\d\] is .*expected",
     ),
     "is_data": (Pair(*sound()), r"it is a Pair, expected an adamjax.Transform"),
@@ -360,12 +359,12 @@ BROKEN = {
 
 
 def broken_laws(tx, reference=None, laws=None):
-    """The laws that `check` finds broken, with what it says of each."""
+    """The laws that `check` finds broken, with the message for each."""
     try:
         testing.check(tx, reference, laws)
     except AssertionError as error:
-        found = re.split(r"(?:^|\n\n).*? breaks the law (\w+) \(", str(error))[1:]
-        return dict(zip(found[::2], found[1::2], strict=True))
+        pieces = re.split(r"(?:^|\n\n).*? breaks the law (\w+) \(", str(error))[1:]
+        return dict(zip(pieces[::2], pieces[1::2], strict=True))
     return {}
 
 
@@ -387,37 +386,37 @@ def test_every_law_can_be_broken(law):
     assert re.search(text, str(caught.value)), str(caught.value)
 
 
-def test_a_count_of_calls_is_no_pure_function():
-    said = broken_laws(counting(), laws=["is_pure"])["is_pure"]
-    assert re.search(r"updates of the same arguments\['gain'\] is .*, expected ", said)
+def test_a_transform_that_counts_its_calls_is_not_pure():
+    message = broken_laws(counting(), laws=["is_pure"])["is_pure"]
+    assert re.search(r"updates of the same arguments\['gain'\] is .*, expected ", message)
 
 
-def test_what_a_transform_says_of_itself_is_tried_in_exact_rows():
-    """After a rule it says that it is affine; before a rule, that it keeps zeros."""
+def test_a_false_affine_and_a_false_keeps_zero_break_the_law_of_exact_rows():
+    """`exact_rows` trusts `affine` after a rule, and `keeps_zero` before it."""
     law = "exact_rows_is_dense_or_refuses"
     for tx in (claiming_no_change(), adding_to_rows()):
         assert "after 6 steps" in broken_laws(tx, laws=[law])[law]
 
 
-class centred(by_leaf):
-    """Keeps the zeros of a column that is zero, and no others."""
+class centered(by_leaf):
+    """Subtracts the mean of each column, which keeps zeros only in columns of zeros."""
 
     def of_leaf(self, g):
         return g - g.mean(axis=0, keepdims=True) if g.ndim > 1 else g
 
 
 class remembering(with_state):
-    """The sum of the gradients so far: it forgets no element that had one."""
+    """Its updates are the sums of the gradients so far."""
 
     def update(self, updates, state, params=None, **extra_args):
         _, state = super().update(updates, state)
         return state["total"], state
 
 
-def test_zeros_are_looked_for_in_elements_rows_and_columns():
+def test_the_law_of_zeros_tries_zero_elements_rows_and_columns():
     law = "zeros_are_kept_where_it_says_so"
-    for tx, place in ((centred(), "[0, 0]"), (remembering(), "[0, 1]")):
-        assert f"updates['layer']['kernel']{place} is" in broken_laws(tx, laws=[law])[law]
+    for tx, index in ((centered(), "[0, 0]"), (remembering(), "[0, 1]")):
+        assert f"updates['layer']['kernel']{index} is" in broken_laws(tx, laws=[law])[law]
 
 
 class refusing(sound):
@@ -431,7 +430,7 @@ class refusing(sound):
         return updates, state
 
 
-def test_what_counts_as_a_refusal_of_row_gradients():
+def test_only_an_error_about_row_gradients_counts_as_their_refusal():
     law = "row_gradients_mean_their_rows"
     for error in (
         TypeError("refusing: got a row gradient, whose mean is not the table's; use masked"),
@@ -448,12 +447,12 @@ def test_what_counts_as_a_refusal_of_row_gradients():
         AttributeError("refusing: a row gradient has no mean"),
     ):
         assert type(error).__name__ in broken_laws(refusing(error=error), laws=[law])[law]
-    # This is noticed by the next transform, and is no refusal.
+    # The next transform finds the spoilt row gradient; this is no refusal.
     spoilt = adamjax.chain(rows_blind(), adamjax.scale_by_adam())
     assert "has computed with the leaves" in broken_laws(spoilt, laws=[law])[law]
 
 
-# A fault, and all laws that it breaks: no others are named.
+# Transforms, and all laws that each breaks.
 FAULTS = {
     adding_to_rows: {
         "refuses_gradients_that_do_not_fit",
@@ -471,12 +470,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
-def test_all_broken_laws_are_named(kind):
+def test_all_broken_laws_are_named_and_no_others(kind):
     assert set(broken_laws(kind())) == FAULTS[kind]
 
 
-def test_params_and_laws_may_be_given():
-    """Of a transform that is made for certain paths."""
+def test_check_accepts_params_and_laws():
+    """A transform with a mask needs parameters whose paths match."""
     tx = adamjax.masked(adamjax.clip_by_norm(0.5), "^encoder/.*kernel$")
     params = {"encoder": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}, "head": jnp.ones(3)}
     with pytest.raises(AssertionError, match=r"breaks the law is_pure .*matches no leaf"):
@@ -485,7 +484,7 @@ def test_params_and_laws_may_be_given():
     testing.check(tx, laws=laws, params=params)
 
 
-def test_a_pair_of_optax_may_be_tried():
+def test_check_accepts_a_transform_of_optax():
     testing.check(
         optax.clip(0.5), lambda g, step: (np.clip(g, -0.5, 0.5),), ["follows_the_reference"]
     )
@@ -493,7 +492,7 @@ def test_a_pair_of_optax_may_be_tried():
 
 @pytest.mark.parametrize("params", [None, {"a": jnp.ones(3), "b": jnp.ones((2, 2))}])
 def test_another_librarys_transform_gets_no_integers(params):
-    """It would compute with their gradients, which are no numbers."""
+    """It would compute with their gradients, whose dtype is float0."""
     laws = ["integers_and_bools_are_left_alone", "mixed_trees_keep_shapes_and_dtypes"]
     testing.check(optax.clip_by_global_norm(1.0), laws=laws, params=params)
 
@@ -507,12 +506,12 @@ def test_a_coast_that_exact_rows_refuses_breaks_the_law():
         testing.check(Mistyped(), laws=["exact_rows_is_dense_or_refuses"])
 
 
-def test_the_law_of_the_reference_needs_one():
+def test_follows_the_reference_needs_a_reference():
     with pytest.raises(ValueError, match=r"needs a reference: check\(tx, reference\)"):
         testing.check(sound(), laws=["follows_the_reference"])
 
 
-def test_a_fault_of_many_laws_is_told_once():
+def test_an_error_that_several_laws_share_is_printed_once():
     tx = adamjax.masked(adamjax.clip_by_norm(0.5), "nothing")
     with pytest.raises(AssertionError) as caught:
         testing.check(tx, laws=["is_pure", "pickles", "updates_have_the_gradients_dtype"])
@@ -520,38 +519,38 @@ def test_a_fault_of_many_laws_is_told_once():
     assert text.count("matches no leaf") == 1, text
 
 
-def test_a_law_that_is_none_is_refused():
+def test_an_unknown_law_is_refused():
     with pytest.raises(ValueError, match="there is no law 'is_fast'; the laws are"):
         testing.check(sound(), laws=["is_fast"])
 
 
-def test_a_reference_that_does_not_fit_is_named():
+def test_a_reference_with_a_wrong_result_is_reported():
     for reference, text in (
         (lambda g, step: g, "the reference returned a ndarray, expected a tuple of the update"),
         (lambda g, step: (g, g), "returned 2 arrays, expected a tuple of the update"),
     ):
-        said = broken_laws(sound(), reference, ["follows_the_reference"])
-        assert text in said["follows_the_reference"]
+        messages = broken_laws(sound(), reference, ["follows_the_reference"])
+        assert text in messages["follows_the_reference"]
 
 
 def test_slots_are_compared_with_the_reference():
     def reference(g, m, v, step):
         return (g, 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2)
 
-    said = broken_laws(adamjax.scale_by_adam(b2=0.999), reference, ["follows_the_reference"])
-    assert "in float32, at step 1, updates['gain']" in said["follows_the_reference"]
+    messages = broken_laws(adamjax.scale_by_adam(b2=0.999), reference, ["follows_the_reference"])
+    assert "in float32, at step 1, updates['gain']" in messages["follows_the_reference"]
 
     def wrong_slots(g, m, v, step):
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
         u = np.sqrt(1 - 0.999**step) / (1 - 0.9**step) * m / (np.sqrt(v / 10) + 1e-7)
         return u, m, v
 
-    said = broken_laws(adamjax.scale_by_adam(), wrong_slots, ["follows_the_reference"])
-    assert re.search(r"at step 1, v\['gain'\] is ", said["follows_the_reference"])
+    messages = broken_laws(adamjax.scale_by_adam(), wrong_slots, ["follows_the_reference"])
+    assert re.search(r"at step 1, v\['gain'\] is ", messages["follows_the_reference"])
 
 
 class skips_first_gradient(sound):
-    """Has no update for the first gradient of an element that is not zero."""
+    """Its update is zero for the first nonzero gradient of an element."""
 
     def init(self, params):
         return StandingState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
@@ -562,7 +561,7 @@ class skips_first_gradient(sound):
         return u, StandingState(state.count + 1, m)
 
 
-def test_the_first_gradient_of_an_element_is_not_the_first_step():
+def test_the_reference_gets_elements_whose_first_gradient_comes_after_step_1():
     def by_slot(g, m, step):
         return np.where(m == 0, 0, g), m + g * g
 
@@ -570,17 +569,17 @@ def test_the_first_gradient_of_an_element_is_not_the_first_step():
         return np.where(step == 1, 0, g), m + g * g
 
     testing.check(skips_first_gradient(), by_slot, ["follows_the_reference"])
-    said = broken_laws(skips_first_gradient(), by_count, ["follows_the_reference"])
-    assert "in float32, at step 3, updates[" in said["follows_the_reference"]
+    messages = broken_laws(skips_first_gradient(), by_count, ["follows_the_reference"])
+    assert "in float32, at step 3, updates[" in messages["follows_the_reference"]
 
 
-def test_laws_are_listed_with_a_sentence_each():
+def test_every_law_has_a_sentence():
     for name, sentence in testing.LAWS.items():
         assert re.fullmatch(r"[A-Z].*\.", sentence), name
 
 
 class norm_of_rows(extend.Stateless):
-    """Right while rows that were not read are zero, as before a rule, and else wrong."""
+    """Wrong if rows that were not read have updates too, as after a rule."""
 
     def update(self, updates, state, params=None, **extra_args):
         (u,) = extend.lift("norm_of_rows", to_norm_1, extend.no_scalars, updates, like=params)
@@ -592,13 +591,13 @@ def to_norm_1(_, g):
     return ((wide / adamjax.global_norm(wide)).astype(g.dtype),)
 
 
-def test_rows_with_a_value_in_every_row_are_tried():
+def test_row_gradients_with_values_in_all_rows_are_tried():
     tx = norm_of_rows()
     with pytest.raises(AssertionError, match="row_gradients_mean_their_rows"):
         testing.check(tx, laws=["row_gradients_mean_their_rows"])
 
 
-def test_a_zero_of_the_other_sign_is_another_bit():
+def test_expect_same_bits_tells_minus_0_from_0():
     expect_same_bits("u", {"w": np.array([0.0, np.nan])}, {"w": np.array([0.0, np.nan])})
     with pytest.raises(AssertionError, match=r"u\['w'\]\[1\] is -0.0, expected 0.0"):
         expect_same_bits("u", {"w": np.array([1.0, -0.0])}, {"w": np.array([1.0, 0.0])})

@@ -1,4 +1,4 @@
-"""The training job: what it writes, what it refuses, and that an interruption costs nothing."""
+"""The training job: its files, its refusals, and resumed runs that end with the same bits."""
 
 import argparse
 import json
@@ -36,8 +36,8 @@ from benchmarks.train.processes import ALONE
 
 pytestmark = pytest.mark.slow
 
-# For tests in which rows do not matter: this compiles in a third of the time.
-PLAIN = ["--rows", "none"]
+# For tests in which the mode of rows does not matter: this compiles in a third of the time.
+ROWS_NONE = ["--rows", "none"]
 TINY = ["--steps", "20", "--batch", "32", "--context", "3", "--dim", "8", "--hidden", "8"]
 
 
@@ -45,16 +45,16 @@ def read_metrics(name):
     return json.loads(Path("runs", name, "metrics.json").read_text())
 
 
-def assert_same_bits(one, other):
-    about, arrays = read_checkpoint(one)
-    other_about, other_arrays = read_checkpoint(other)
+def assert_same_checkpoints(run, other_run):
+    about, arrays = read_checkpoint(run)
+    other_about, other_arrays = read_checkpoint(other_run)
     assert about == other_about
     assert arrays.keys() == other_arrays.keys()
     assert all(arrays[name].tobytes() == other_arrays[name].tobytes() for name in arrays)
 
 
 def signal_after(monkeypatch, steps, *signals):
-    """Has signals arrive in the step that comes after so many steps of the next run of the job."""
+    """Raises signals in the next run of the job, in the step after its first `steps` steps."""
     all_batches = job.all_batches
 
     def all_batches_with_signals(*arguments):
@@ -64,7 +64,7 @@ def signal_after(monkeypatch, steps, *signals):
         def batch_with_signals(step):
             nonlocal calls
             calls += 1
-            # The first call is to compile, and this call is part of the step that it is for.
+            # The first call is for the compiler. Each later call is within its step.
             if calls - 2 == steps:
                 for number in signals:
                     signal.raise_signal(number)
@@ -77,7 +77,7 @@ def signal_after(monkeypatch, steps, *signals):
 
 @pytest.fixture
 def few_frequent(monkeypatch):
-    """Few words are frequent, so that the kernel of a small vocabulary is a table as well."""
+    """Makes few words frequent, so that a small vocabulary has an output table too."""
     monkeypatch.setattr(model, "FREQUENT", 40)
     monkeypatch.setattr(model, "DRAWN", 16)
 
@@ -85,14 +85,14 @@ def few_frequent(monkeypatch):
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_and_writes_what_it_learned(prose, capsys):
+def test_a_run_lowers_the_loss_and_writes_its_results(prose, capsys):
     more = ["--steps", "300", "--learning-rate", "0.03"]
     assert train.main(["--text", prose, "--name", "one", *TINY, *more]) == 0
     out = capsys.readouterr().out
     assert "prose.txt" in out
     assert "nearest embeddings" in out
-    told = ["compiling the evaluation", "held-out: ", "compiling the step", "run:", "\nevaluating"]
-    assert sorted(told, key=out.index) == told
+    lines = ["compiling the evaluation", "held-out: ", "compiling the step", "run:", "\nevaluating"]
+    assert sorted(lines, key=out.index) == lines
     size = Path("runs/one/checkpoint.npz").stat().st_size
     assert f"checkpoint.npz ({size / 1e6:,.1f} MB)" in out
 
@@ -100,7 +100,7 @@ def test_a_run_learns_and_writes_what_it_learned(prose, capsys):
     assert metrics["finished"]
     assert metrics["steps_taken"] == len(metrics["training_loss"]) == 300
     losses = metrics["held_out_loss"]
-    assert losses["before"] == pytest.approx(losses["unigram"], abs=1e-5)  # where it starts
+    assert losses["before"] == pytest.approx(losses["unigram"], abs=1e-5)
     assert losses["after"] < losses["unigram"] - 0.3
     assert losses["last"] < losses["unigram"] - 0.3
     assert metrics["tokens_per_second"] > 0
@@ -122,12 +122,12 @@ def test_the_average_of_a_short_run_forgets_the_initial_weights(prose):
 
 def test_runs_without_a_name_are_numbered(prose):
     for _ in range(2):
-        assert train.main(["--text", prose, *TINY, *PLAIN, "--steps", "1"]) == 0
+        assert train.main(["--text", prose, *TINY, *ROWS_NONE, "--steps", "1"]) == 0
     assert sorted(p.name for p in Path("runs").iterdir()) == ["train-1", "train-2"]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_make_clean_keeps_the_runs_and_says_so(tmp_path):
+def test_make_clean_keeps_the_runs_and_prints_it(tmp_path):
     (tmp_path / "runs" / "one").mkdir(parents=True)
     (tmp_path / ".venv").mkdir()
     make = ["make", "-f", str(ROOT / "Makefile"), "clean"]
@@ -168,7 +168,7 @@ def test_a_file_that_cannot_be_trained_on_gets_one_line(
         path.write_bytes(content)
     monkeypatch.chdir(tmp_path)
     words = [why]
-    if why != "too small":  # this is said of the whole text, which may come from several files
+    if why != "too small":  # this is about the whole text, which may come from several files
         words.append(str(path))
     assert_refused(capsys, ["--text", str(path), *TINY], *words)
     assert not Path("runs").exists()
@@ -228,7 +228,7 @@ def test_options_are_refused_without_jax(tmp_path):
     subprocess.run([sys.executable, "-c", program], env=environment(), cwd=tmp_path, check=True)
 
 
-def test_a_command_line_that_is_refused_exits_with_2(tmp_path, monkeypatch, start_job):
+def test_a_refused_command_line_exits_with_2(tmp_path, monkeypatch, start_job):
     monkeypatch.chdir(tmp_path)
     process = start_job("--text", str(tmp_path / "missing.txt"))
     out, err = process.communicate(timeout=60)
@@ -236,8 +236,8 @@ def test_a_command_line_that_is_refused_exits_with_2(tmp_path, monkeypatch, star
     assert err == f"train: {tmp_path / 'missing.txt'}: No such file or directory\n"
 
 
-def test_resume_refuses_other_options_another_text_and_what_it_cannot_read(prose, capsys):
-    assert train.main(["--text", prose, "--name", "one", *TINY, *PLAIN]) == 0
+def test_resume_refuses_other_options_another_text_and_unreadable_files(prose, capsys):
+    assert train.main(["--text", prose, "--name", "one", *TINY, *ROWS_NONE]) == 0
     Path("runs/one/metrics.json").unlink()  # as if interrupted in the last evaluation
     before, _ = read_checkpoint("one")
     capsys.readouterr()
@@ -257,7 +257,7 @@ def test_resume_refuses_other_options_another_text_and_what_it_cannot_read(prose
 
 
 def test_a_loss_that_is_not_finite_gets_one_line(prose, capsys):
-    arguments = ["--text", prose, "--name", "one", *TINY, *PLAIN]
+    arguments = ["--text", prose, "--name", "one", *TINY, *ROWS_NONE]
     assert train.main([*arguments, "--learning-rate", "1e38", "--weight-decay", "0"]) == 2
     assert "lower --learning-rate" in capsys.readouterr().err.splitlines()[-1]
     assert not Path("runs").exists()
@@ -272,7 +272,7 @@ def lags(name):
     return len(about["losses"]) - arrays["state/1/last/embedding"]
 
 
-def test_resumed_runs_end_with_the_bits_of_one_that_was_not_interrupted(prose, monkeypatch, capsys):
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(prose, monkeypatch, capsys):
     arguments = ["--text", prose, *TINY]
     assert train.main([*arguments, "--name", "whole"]) == 0
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -295,7 +295,7 @@ def test_resumed_runs_end_with_the_bits_of_one_that_was_not_interrupted(prose, m
     assert lags("parts").min() == 0
 
     with monkeypatch.context() as patch:
-        # In the last step: all rows are brought up to date, and only the evaluation is left to do.
+        # In the last step: all rows are brought up to date, and only the evaluation is skipped.
         signal_after(patch, 11, signal.SIGINT, signal.SIGINT)
         assert train.main(["--resume", "runs/parts"]) == 0
     metrics = read_metrics("parts")
@@ -303,7 +303,7 @@ def test_resumed_runs_end_with_the_bits_of_one_that_was_not_interrupted(prose, m
     assert not lags("parts").any()
 
     assert train.main(["--resume", "runs/parts", "--steps", "20"]) == 0
-    assert_same_bits("whole", "parts")
+    assert_same_checkpoints("whole", "parts")
     whole, parts = read_metrics("whole"), read_metrics("parts")
     for same in ("held_out_loss", "training_loss", "neighbours", "text", "config"):
         assert whole[same] == parts[same]
@@ -321,7 +321,7 @@ def test_a_lazy_run_is_resumed_as_well(prose, monkeypatch):
         signal_after(patch, 7, signal.SIGINT, signal.SIGINT)
         assert train.main([*arguments, "--name", "parts"]) == 130
     assert train.main(["--resume", "runs/parts"]) == 0
-    assert_same_bits("whole", "parts")
+    assert_same_checkpoints("whole", "parts")
 
 
 def test_ctrl_c_does_not_wait_for_compiled_code(tmp_path):
@@ -340,7 +340,7 @@ def test_ctrl_c_does_not_wait_for_compiled_code(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_while_jax_is_imported_leaves_nothing(prose, number):
+def test_a_signal_while_jax_is_imported_leaves_no_files(prose, number):
     program = (
         "import os, sys, threading, time\n"
         "def interrupt():\n"
@@ -358,7 +358,7 @@ def test_ctrl_c_while_jax_is_imported_leaves_nothing(prose, number):
     assert not Path("runs").exists()
 
 
-def test_ctrl_c_while_it_compiles_leaves_nothing(prose, start_job):
+def test_ctrl_c_while_the_job_compiles_leaves_no_files(prose, start_job):
     process = start_job("--text", prose, *TINY)
     assert any(line.startswith("compiling") for line in process.stdout)
     process.send_signal(signal.SIGINT)
@@ -367,8 +367,8 @@ def test_ctrl_c_while_it_compiles_leaves_nothing(prose, start_job):
     assert not Path("runs").exists()
 
 
-def test_after_ctrl_c_amid_steps_the_command_that_is_printed_goes_on(prose, start_job):
-    arguments = ["--text", prose, *TINY, *PLAIN, "--steps", "3000"]
+def test_after_ctrl_c_amid_steps_the_printed_command_resumes_the_run(prose, start_job):
+    arguments = ["--text", prose, *TINY, *ROWS_NONE, "--steps", "3000"]
     process = start_job(*arguments, "--name", "parts", "--save-every", "1000")
     assert any(line.startswith("run:") for line in process.stdout)
     process.send_signal(signal.SIGINT)
@@ -386,10 +386,10 @@ def test_after_ctrl_c_amid_steps_the_command_that_is_printed_goes_on(prose, star
     process = start_job(*arguments, "--name", "whole")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert_same_bits("whole", "parts")
+    assert_same_checkpoints("whole", "parts")
 
 
-def test_the_command_that_goes_on_has_all_that_it_needs():
+def test_the_resume_command_has_the_options_that_a_checkpoint_lacks():
     given = ["--processes", "3", "--coordinator", "host:1", "--process", "0", "--save-every", "5"]
     options = parse([*given, "--name", "one", "--batch", "33"])
     options.folder = Path("runs/two words")
@@ -404,7 +404,7 @@ def test_the_command_that_goes_on_has_all_that_it_needs():
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def test_every_mode_but_lazy_learns_what_dense_gradients_learn(prose, capsys, few_frequent):
+def test_every_mode_but_lazy_has_the_losses_of_dense_gradients(prose, capsys, few_frequent):
     arguments = ["--text", prose, *TINY, "--steps", "40", "--learning-rate", "0.03"]
     assert train.main([*arguments, "--compare", "--out", "out.json"]) == 0
     assert not Path("runs").exists()
@@ -415,10 +415,10 @@ def test_every_mode_but_lazy_learns_what_dense_gradients_learn(prose, capsys, fe
         assert row["ms"]["median"] > 0
         assert len(row["training_loss"]) == 4
     # A loss is about 4 nats, where neighbouring float32 numbers are 5e-7 apart.
-    off = {name: row["largest_difference_to_none"] for name, row in rows.items()}
-    assert off["exact"] < 5e-6
-    assert off["dense"] < 5e-6
-    assert off["lazy"] > 1e-3
+    differences = {name: row["largest_difference_to_none"] for name, row in rows.items()}
+    assert differences["exact"] < 5e-6
+    assert differences["dense"] < 5e-6
+    assert differences["lazy"] > 1e-3
     held_out = {name: row["held_out_loss"] for name, row in rows.items()}
     assert held_out["exact"] == pytest.approx(held_out["none"], abs=5e-6)
     assert held_out["dense"] == pytest.approx(held_out["none"], abs=5e-6)
@@ -428,7 +428,7 @@ def test_every_mode_but_lazy_learns_what_dense_gradients_learn(prose, capsys, fe
     assert all(any(line.startswith(f"| {name} |") for line in lines) for name in ROWS)
 
 
-def test_a_row_that_lags_behind_is_read_up_to_date(prose, few_frequent):
+def test_lookup_and_flush_agree_on_a_row_that_lags_behind(prose, few_frequent):
     text = make_text("prose", [Path(prose).read_text()], 24_000)
     config = Config(steps=20, batch=32, context=3, dim=8, hidden=8)
     tx = job.optimizer(config, len(text.words))
@@ -439,13 +439,13 @@ def test_a_row_that_lags_behind_is_read_up_to_date(prose, few_frequent):
         params, state, _ = step(params, state, batch(number))
     exact = tx.transforms[-1]
     behind = 10 - np.asarray(state[-1].last["embedding"])
-    # A row that was read in one of the steps 2 to 9: its momentum moves it in the steps since.
+    # A row that was last up to date in one of the steps 2 to 9.
     row = int(np.flatnonzero((behind > 0) & (behind < 9))[0])
-    now = exact.lookup(params, state[-1], "embedding", row)
+    current = exact.lookup(params, state[-1], "embedding", row)
     average = exact.lookup(params, state[-1], "embedding", row, slot="average")
-    assert not np.array_equal(now, params["embedding"][row])
+    assert not np.array_equal(current, params["embedding"][row])
     params, state = job.up_to_date(tx, params, state)
-    np.testing.assert_array_equal(now, params["embedding"][row])
+    np.testing.assert_array_equal(current, params["embedding"][row])
     np.testing.assert_array_equal(average, adamjax.averaged_weights(state)["embedding"][row])
     assert (np.asarray(state[-1].last["embedding"]) == 10).all()
 
@@ -455,7 +455,7 @@ def test_a_small_vocabulary_has_one_table():
     assert model.tables(model.FREQUENT + model.DRAWN + 1) == ["^embedding$", "^output/kernel$"]
 
 
-# --- the text, and the models that count ----------------------------------------------------------
+# --- the text, and the models that count words ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -463,8 +463,8 @@ def text():
     return make_text("this", [Path(argparse.__file__).read_text()], 500)
 
 
-def test_nothing_of_what_is_held_out_is_learned_from():
-    # Each word occurs twice, within a block: what is held out must be unknown in training.
+def test_the_vocabulary_has_no_words_of_the_held_out_blocks():
+    # Each word occurs only in one block, twice.
     words = [f"w{i}" for i in range(2048)]
     text = make_text("pairs", [" ".join(f"{w} {w}" for w in words)], 10_000)
     assert text.training.shape == (30, 128)
@@ -473,41 +473,41 @@ def test_nothing_of_what_is_held_out_is_learned_from():
     assert len(text.words) == 1 + text.training.size // 2
 
 
-def test_the_vocabulary_is_the_most_frequent_words(text):
+def test_the_vocabulary_has_the_most_frequent_words(text):
     assert len(text.words) == 500
     counts = np.bincount(text.training.ravel(), minlength=500)[1:]
     assert (np.diff(counts) <= 0).all()
     assert make_text("this", [Path(argparse.__file__).read_text()], 500).digest() == text.digest()
 
 
-def test_probabilities_sum_to_one(text):
+def test_probabilities_of_both_models_sum_to_one(text):
     assert unigram(text).sum() == pytest.approx(1)
     bigram = Bigram(text.training, len(text.words))
-    every = np.arange(len(text.words))
-    few = Bigram(text.training[:2], len(text.words))  # most contexts are new to it
-    for counted in (bigram, few):
+    all_words = np.arange(len(text.words))
+    bigram_of_few = Bigram(text.training[:2], len(text.words))  # has not seen most contexts
+    for counted in (bigram, bigram_of_few):
         for before in (0, 1, 17, 499, text.boundary):
-            probability = counted.probability(np.full(len(every), before), every)
+            probability = counted.probability(np.full(len(all_words), before), all_words)
             assert probability.min() > 0
             assert probability.sum() == pytest.approx(1)
 
 
-def test_the_bigram_is_a_strong_one(text):
+def test_the_bigram_beats_the_unigram_and_linear_interpolation(text):
     losses = counted_losses(text)
     assert losses["unigram"] == pytest.approx(-np.log(unigram(text)[text.held_out]).mean())
     assert losses["bigram"] < losses["unigram"] - 0.5
     bigram = Bigram(text.training, len(text.words))
 
-    # The bigram beats linear interpolation, even with the best weight for this very text.
+    # Linear interpolation of relative frequencies, with several weights.
     before, word = text.held_out[:, :-1].ravel(), text.held_out[:, 1:].ravel()
-    seen = np.zeros((len(text.words),) * 2)
-    np.add.at(seen, (text.training[:, :-1].ravel(), text.training[:, 1:].ravel()), 1)
-    share = seen[before, word] / seen.sum(1)[before].clip(1)
+    counts = np.zeros((len(text.words),) * 2)
+    np.add.at(counts, (text.training[:, :-1].ravel(), text.training[:, 1:].ravel()), 1)
+    share = counts[before, word] / counts.sum(1)[before].clip(1)
     mixed = [-np.log(w * share + (1 - w) * unigram(text)[word]).mean() for w in (0.5, 0.7, 0.8)]
     assert -np.log(bigram.probability(before, word)).mean() < min(mixed)
 
 
-def test_the_default_text_is_on_this_machine():
+def test_the_default_text_is_that_of_the_python_installation():
     description, texts = installation()
     assert "documentation and library sources of Python" in description
     assert sum(map(len, texts)) > 2_000_000
@@ -544,7 +544,7 @@ def test_the_estimated_softmax_is_the_full_one_on_average(monkeypatch):
     assert drawn.min() == 6
     assert drawn.max() == 39
     losses = jax.vmap(lambda drawn: model._estimated(params, features, words, drawn))(drawn)
-    # 1/probability is what the estimate is unbiased for.
+    # The estimate of 1 / probability is unbiased.
     np.testing.assert_allclose(
         np.exp(losses).mean(0), np.exp(model._full(params, features, words)), rtol=0.03
     )

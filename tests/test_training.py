@@ -1,4 +1,4 @@
-"""A train step in one line is the step that one would write."""
+"""`train_step` equals steps by hand; `forward` and `eval_step` read up-to-date rows."""
 
 import copy
 import functools
@@ -26,14 +26,14 @@ def loss_fn(params, ids, y=0.5):
 
 
 def with_aux(params, ids, y=0.5):
-    return loss_fn(params, ids, y), {"ids": ids, "kind": jnp.max(params["w"])}
+    return loss_fn(params, ids, y), {"ids": ids, "largest": jnp.max(params["w"])}
 
 
 IDS = [jnp.array(x) for x in ([1, 2, 2], [3, 1, 0], [9, 9, 19], [1, 1, 1])]
 
 
-def by_hand(tx):
-    """The parameters and losses of dense steps."""
+def trained_by_hand(tx):
+    """The parameters and losses of dense steps without `train_step`."""
     p, losses = params(), []
     state = tx.init(p)
     for ids in IDS:
@@ -45,6 +45,7 @@ def by_hand(tx):
 
 
 def trained(tx, **options):
+    """The parameters, losses and state of steps of `train_step`."""
     p, losses = params(), []
     state, step = tx.init(p), adamjax.train_step(loss_fn, tx, **options)
     for ids in IDS:
@@ -53,9 +54,9 @@ def trained(tx, **options):
     return p, losses, state
 
 
-def assert_near(ours, theirs):
+def assert_near(actual, expected):
     """Weights and losses, up to rounding."""
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
@@ -65,9 +66,9 @@ def assert_near(ours, theirs):
     ids=["ours", "ours with row gradients", "optax's"],
 )
 @pytest.mark.slow
-def test_is_the_step_by_hand(tx, tables):
+def test_train_step_equals_steps_by_hand(tx, tables):
     p, losses, _ = trained(tx, tables=tables)
-    assert_near((p, losses), by_hand(tx))
+    assert_near((p, losses), trained_by_hand(tx))
 
 
 @pytest.mark.parametrize(
@@ -82,18 +83,18 @@ def test_is_the_step_by_hand(tx, tables):
     ids=["alone", "skip_not_finite", "chain", "with_hyperparams", "shard_state"],
 )
 @pytest.mark.slow
-def test_exact_rows_are_found_wherever_they_are(around):
+def test_the_loss_reads_up_to_date_rows_wherever_exact_rows_is(around):
     dense = adamjax.adamw(0.1)
     tx = around(adamjax.exact_rows(dense, "table"))
     p, losses, _ = trained(tx)
-    expected, expected_losses = by_hand(around(dense))
+    expected, expected_losses = trained_by_hand(around(dense))
     assert_near(losses, expected_losses)
-    # The table lags behind, so the losses were of rows that the steps brought up to date.
+    # The table lags behind, so without catching up the losses would differ.
     assert not np.allclose(p["table"], expected["table"], rtol=1e-3)
 
 
 def parts(dense):
-    """Two tables, each in a part of its own."""
+    """A partition with a part for each of two tables."""
     return adamjax.partition(
         [("table", adamjax.exact_rows(dense, "table")), ("other", adamjax.exact_rows(dense, ""))],
         default=dense,
@@ -114,8 +115,8 @@ def parts(dense):
     ids=["partition", "masked", "skip_not_finite", "with_hyperparams"],
 )
 @pytest.mark.slow
-def test_exact_rows_of_some_leaves_read_rows_up_to_date(around):
-    """In a part that sees only its own leaves, and in several such parts."""
+def test_the_loss_reads_up_to_date_rows_of_exact_rows_in_parts(around):
+    """Each `exact_rows` is in a part that sees only its own leaves."""
 
     def loss(params, ids):
         return loss_fn(params, ids) + jnp.mean(params["other"][ids + 1] ** 2)
@@ -136,15 +137,15 @@ def test_exact_rows_of_some_leaves_read_rows_up_to_date(around):
     assert_near(p["w"], expected["w"])
 
 
-def test_exact_rows_that_cannot_be_followed_are_refused():
-    """Inside of optax's wrappers the loss would read rows that lag behind."""
+def test_exact_rows_inside_optax_is_refused():
+    """`train_step` cannot find it there, so the loss would read rows that lag behind."""
     exact = adamjax.exact_rows(adamjax.adam(0.1), "table")
     tx = optax.chain(optax.clip(1.0), optax.GradientTransformationExtraArgs(*exact))
     with pytest.raises(ValueError, match="If exact_rows is inside another library"):
         adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])
 
 
-def test_a_state_of_another_transform_is_refused():
+def test_the_state_of_another_transform_is_refused():
     tx = adamjax.skip_not_finite(adamjax.exact_rows(adamjax.adam(0.1), "table"))
     other = adamjax.exact_rows(adamjax.adam(0.1), "table")
     with pytest.raises(TypeError, match="state is an ExactRowsState, expected the SkipNotFinite"):
@@ -152,15 +153,20 @@ def test_a_state_of_another_transform_is_refused():
 
 
 @pytest.mark.parametrize("tables", [None, "table"])
-def test_leaves_that_are_no_floats_stay_as_they_are(tables):
+def test_leaves_that_are_not_floats_stay_as_they_are(tables):
     tx = adamjax.adamw(0.1)
-    beside = {"n": jnp.array(3), "key": jax.random.key(0), "flags": jnp.array([True]), "gone": None}
+    not_floats = {
+        "n": jnp.array(3),
+        "key": jax.random.key(0),
+        "flags": jnp.array([True]),
+        "gone": None,
+    }
 
     def loss(params, ids):
         return loss_fn(params, ids) * params["n"], jax.random.key_data(params["key"])
 
     def copied():
-        return jax.tree.map(jnp.copy, beside | params())
+        return jax.tree.map(jnp.copy, not_floats | params())
 
     step = adamjax.train_step(loss, tx, has_aux=True, tables=tables)
     p, _, (value, _) = step(copied(), tx.init(copied()), IDS[0])
@@ -169,20 +175,20 @@ def test_leaves_that_are_no_floats_stay_as_they_are(tables):
     assert_near({k: p[k] for k in params()}, adamjax.apply_updates(params(), updates))
     assert_near(value, 3 * loss_fn(params(), IDS[0]))
     for name in ("n", "flags"):
-        np.testing.assert_array_equal(p[name], beside[name])
-    assert p["key"] == beside["key"]
+        np.testing.assert_array_equal(p[name], not_floats[name])
+    assert p["key"] == not_floats["key"]
 
 
-def test_aux_and_arguments():
+def test_the_step_returns_aux_and_accepts_arguments_of_the_loss():
     tx = adamjax.adam(0.1)
     step = adamjax.train_step(with_aux, tx, has_aux=True)
     _, _, (loss, aux) = step(params(), tx.init(params()), IDS[0], y=1.0)
     assert_near(loss, loss_fn(params(), IDS[0], 1.0))
-    assert aux["kind"] == 0.5
+    assert aux["largest"] == 0.5
     np.testing.assert_array_equal(aux["ids"], IDS[0])
 
 
-def test_donates_unless_told_otherwise():
+def test_params_and_state_are_donated_unless_donate_argnums_is_empty():
     tx = adamjax.adam(0.1)
     for options, deleted in ({}, True), ({"donate_argnums": ()}, False):
         p = params()
@@ -227,9 +233,9 @@ def test_stochastic_rounding_needs_a_count():
     ],
     ids=["accumulates", "skips"],
 )
-def test_stochastic_rounding_draws_new_bits_while_a_part_stands_still(first):
-    """Weights move by a twentieth of their spacing: with the same bits in each step, one in twenty
-    would be rounded up every time, and the others never."""
+def test_stochastic_rounding_draws_new_bits_while_a_counter_stands_still(first):
+    """Weights move by a twentieth of their spacing. With the same bits in each step, one weight in
+    twenty would be rounded up every time, and the others never."""
     tx = adamjax.partition([("still", first)], default=adamjax.scale_by_learning_rate(1.0))
     p = {"still": jnp.ones(2), "w": jnp.ones(1000, jnp.bfloat16)}
 
@@ -259,16 +265,18 @@ def test_an_array_that_was_donated_is_named():
 
 
 def test_one_array_in_two_places_is_named():
-    """It would be donated twice, or donated and read."""
+    """The step would donate it twice, or donate it and read it."""
     tx, one = adamjax.adam(0.1), jnp.ones(3)
     twice = {"a": one, "b": one}
     step = adamjax.train_step(lambda p, x=0: jnp.sum(p["a"] * p["b"]) + jnp.sum(x), tx)
-    wanted = r"train_step: params\['b'\] is the same array as params\['a'\], .*jnp.copy"
-    with pytest.raises(ValueError, match=wanted):
+    message = r"train_step: params\['b'\] is the same array as params\['a'\], .*jnp.copy"
+    with pytest.raises(ValueError, match=message):
         step(twice, tx.init(twice))
     apart = {"a": one, "b": jnp.ones(3)}
-    wanted = r"train_step: the arguments\['(0/)?x'\] is the same array as params\['a'\], .*jnp.copy"
-    with pytest.raises(ValueError, match=wanted):
+    message = (
+        r"train_step: the arguments\['(0/)?x'\] is the same array as params\['a'\], .*jnp.copy"
+    )
+    with pytest.raises(ValueError, match=message):
         step(apart, tx.init(apart), x=one)
 
 
@@ -288,7 +296,7 @@ def test_a_leaf_that_would_move_uphill_is_refused():
             adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])
 
 
-def test_a_leaf_that_stands_still_is_taken():
+def test_a_leaf_that_stands_still_is_accepted():
     adam, still = adamjax.adam(0.1), adamjax.scale(0.0)
     for tx in (
         adamjax.partition([("^w", adam)], default=adamjax.set_to_zero()),
@@ -300,7 +308,7 @@ def test_a_leaf_that_stands_still_is_taken():
         np.testing.assert_array_equal(p["table"], params()["table"])
 
 
-def test_leaves_that_all_move_downhill_are_taken():
+def test_leaves_that_all_move_downhill_are_accepted():
     adam = adamjax.adam(0.1)
     decayed = adamjax.chain(
         adamjax.scale_by_adam(),
@@ -311,7 +319,7 @@ def test_leaves_that_all_move_downhill_are_taken():
         adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])
 
 
-def test_tables_beside_those_of_exact_rows_are_refused():
+def test_the_argument_tables_is_refused_with_exact_rows():
     tx = adamjax.exact_rows(adamjax.adam(0.1), "table")
     with pytest.raises(ValueError, match=r"exact_rows has its own tables, \['table'\]"):
         adamjax.train_step(loss_fn, tx, tables="table")(params(), tx.init(params()), IDS[0])
@@ -332,8 +340,8 @@ def test_strict_refuses_a_table_that_is_used_as_a_whole():
 
 @pytest.mark.parametrize("how", ["called", "keyword", "lowered", "traced", "shapes"])
 @pytest.mark.parametrize("odd", [jnp.tanh, "gelu", object()])
-def test_a_model_with_leaves_that_are_no_arrays_is_refused(how, odd):
-    """JAX refuses it before the step is traced, and does not say what to do."""
+def test_a_model_with_leaves_that_are_not_arrays_is_refused(how, odd):
+    """JAX refuses it before it traces the step; our error adds the leaf and what to do."""
     tx, ids = adamjax.adam(0.1), IDS[0]
     step, state = adamjax.train_step(loss_fn, tx), tx.init(params())
     model = {**params(), "act": odd}
@@ -348,7 +356,7 @@ def test_a_model_with_leaves_that_are_no_arrays_is_refused(how, odd):
         calls[how]()
 
 
-def test_other_type_errors_are_left_as_they_are():
+def test_other_type_errors_of_jax_are_raised_unchanged():
     tx = adamjax.adam(0.1)
     step, state = adamjax.train_step(loss_fn, tx), tx.init(params())
     with pytest.raises(TypeError, match=r"not a valid JAX|abstract array"):
@@ -357,7 +365,7 @@ def test_other_type_errors_are_left_as_they_are():
         step(params())
 
 
-def test_it_is_a_function_of_jit():
+def test_a_train_step_has_the_attributes_of_a_jitted_function():
     tx = adamjax.adam(0.1)
     step, p = adamjax.train_step(loss_fn, tx), params()
     assert isinstance(step, jax.stages.Wrapped)
@@ -369,7 +377,7 @@ def test_it_is_a_function_of_jit():
 
 # --- forward and eval_step ------------------------------------------------------------------------
 
-MANY_ROWS = 300  # of which the steps below read few
+MANY_ROWS = 300  # the steps below read few of them
 
 
 def two_tables(dtype=jnp.float32):
@@ -380,22 +388,22 @@ def two_tables(dtype=jnp.float32):
     }
 
 
-def plain(params, ids):
+def dot_products(params, ids):
     return params["table"][ids] @ params["w"]
 
 
 def bags(params, ids):
-    """Sums of two rows each; the row of an index outside the table is zero."""
+    """Sums of two rows each. An index outside the table gives a row of zeros."""
     rows = jnp.take(params["table"], ids, axis=0, mode="fill", fill_value=0)
     return jax.ops.segment_sum(rows, jnp.arange(len(ids)) // 2, num_segments=3)
 
 
-def both(params, ids):
+def reads_both(params, ids):
     return params["table"][ids].sum(axis=1) + params["other"][ids + 1][:, 1]
 
 
-def chained(params, ids):
-    """The second index depends on the parameters, and the rows are read in a loop."""
+def reads_in_loop(params, ids):
+    """Reads rows in a loop; the index into the second table depends on a row of the first."""
 
     def body(total, i):
         row = params["table"][i]
@@ -405,21 +413,26 @@ def chained(params, ids):
     return jax.lax.scan(body, jnp.zeros((), params["w"].dtype), ids)
 
 
-def a_tree(params, ids):
+def returns_tree(params, ids):
     rows = jax.vmap(lambda i: params["table"][i])(ids)
     return {"rows": rows, "ids": ids, "none": None, "name": "text", "half": 0.5}
 
 
 def tied(params, ids):
+    """Uses the table as a whole, as output weights."""
     return params["table"][ids] @ params["table"].T
 
 
-FUNCTIONS = (plain, bags, both, chained, a_tree, tied)
-READ = jnp.array([1, 2, 250, 2, 299, MANY_ROWS])  # the last one is outside the table
+FUNCTIONS = (dot_products, bags, reads_both, reads_in_loop, returns_tree, tied)
+READ_IDS = jnp.array([1, 2, 250, 2, 299, MANY_ROWS])  # the last index is outside the table
 
 
-def six_steps(tx, params, loss=lambda p, ids: jnp.mean(both(p, ids) ** 2) + jnp.sum(p["w"] ** 2)):
-    """The parameters and the state after six steps; most rows have not been read lately."""
+def loss_on_both(params, ids):
+    return jnp.mean(reads_both(params, ids) ** 2) + jnp.sum(params["w"] ** 2)
+
+
+def six_steps(tx, params, loss=loss_on_both):
+    """The parameters and the state after six steps; then most rows lag behind."""
     state, step = tx.init(params), adamjax.train_step(loss, tx)
     for ids in ([1, 2, 2], [3, 250, 0], [9, 9, 298], [7, 1, 7], [7, 8, 7], [4, 5, 6]):
         params, state, _ = step(params, state, jnp.array(ids))
@@ -427,7 +440,7 @@ def six_steps(tx, params, loss=lambda p, ids: jnp.mean(both(p, ids) ** 2) + jnp.
 
 
 def assert_outputs_near(actual, expected, dtype=jnp.float32):
-    """Trees that functions of a model return, up to rounding; strings are equal."""
+    """Equal up to rounding; strings in the trees must be equal."""
     tolerance = {"rtol": 2e-6, "atol": 2e-6} if dtype == jnp.float32 else {"rtol": 0.01}
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -452,20 +465,22 @@ def both_exact():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("fn", FUNCTIONS)
 @pytest.mark.slow
-def test_forward_returns_what_a_call_after_flush_returns(fn, dtype):
+def test_forward_equals_a_call_after_flush(fn, dtype):
     tx, p, state = after_training(both_exact, dtype)
     before = jax.tree.map(np.asarray, (p, state))
     up_to_date = tx.flush(p, state)[0]
-    assert_outputs_near(adamjax.forward(fn, tx)(p, state, READ), fn(up_to_date, READ), dtype)
+    assert_outputs_near(
+        adamjax.forward(fn, tx)(p, state, READ_IDS), fn(up_to_date, READ_IDS), dtype
+    )
     for a, b in zip(jax.tree.leaves((p, state)), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(a, b)
-    # Without the state, rows that lag behind would be read.
+    # The stored rows do lag behind.
     stored, now = (np.asarray(x["table"].astype(jnp.float32)) for x in (p, up_to_date))
-    assert np.abs(stored - now)[READ[:-1]].max() > 0.05
+    assert np.abs(stored - now)[READ_IDS[:-1]].max() > 0.05
 
 
 @pytest.mark.slow
-def test_forward_of_more_rows_than_a_block_has():
+def test_forward_reads_more_rows_than_fit_in_a_block():
     tx = adamjax.exact_rows(adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.9)), "table")
     params = {"table": jnp.linspace(-1, 1, 60_000).reshape(20_000, 3)}
     p, state = six_steps(tx, params, lambda p, ids: jnp.mean(p["table"][ids] ** 2))
@@ -477,65 +492,69 @@ def test_forward_of_more_rows_than_a_block_has():
 
     now, flushed = tx.flush(p, state)
     assert_outputs_near(adamjax.eval_step(fn, tx)(p, state, ids), fn(now, ids))
-    average = adamjax.eval_step(fn, tx, averaged=True)(p, state, ids)
-    assert_outputs_near(average, fn(adamjax.averaged_weights(flushed, now), ids))
+    of_average = adamjax.eval_step(fn, tx, averaged=True)(p, state, ids)
+    assert_outputs_near(of_average, fn(adamjax.averaged_weights(flushed, now), ids))
 
 
-def together(dense):
+def exact_tables(dense):
     return adamjax.exact_rows(dense, ["table", "other"])
 
 
-AROUND = {
-    "alone": together,
+# `exact_rows` around a dense optimizer, alone or within other transforms.
+WITH_EXACT = {
+    "alone": exact_tables,
     "partition": parts,
     "masked": lambda dense: adamjax.chain(
-        adamjax.masked(adamjax.adam(0.1), "^w$"), adamjax.masked(together(dense), "table|other")
+        adamjax.masked(adamjax.adam(0.1), "^w$"), adamjax.masked(exact_tables(dense), "table|other")
     ),
-    "with_hyperparams": lambda dense: adamjax.with_hyperparams(together(dense)),
+    "with_hyperparams": lambda dense: adamjax.with_hyperparams(exact_tables(dense)),
     "skip_not_finite": lambda dense: adamjax.skip_not_finite(parts(dense)),
-    "master_weights": lambda dense: adamjax.master_weights(together(dense)),
+    "master_weights": lambda dense: adamjax.master_weights(exact_tables(dense)),
     "accumulate_gradients": lambda dense: adamjax.accumulate_gradients(
-        together(dense), 2, max_rows={"table": 12, "other": 12}
+        exact_tables(dense), 2, max_rows={"table": 12, "other": 12}
     ),
-    "chain": lambda dense: adamjax.chain(adamjax.clip_by_value(9.0), together(dense)),
+    "chain": lambda dense: adamjax.chain(adamjax.clip_by_value(9.0), exact_tables(dense)),
 }
 
 
-def averaging():
+def adamw_with_average():
     return adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.8))
 
 
+# The dense counterpart of an entry of WITH_EXACT, unless it is `adamw_with_average`.
 DENSE = {
-    "master_weights": lambda: adamjax.master_weights(averaging()),
-    "accumulate_gradients": lambda: adamjax.accumulate_gradients(averaging(), 2),
+    "master_weights": lambda: adamjax.master_weights(adamw_with_average()),
+    "accumulate_gradients": lambda: adamjax.accumulate_gradients(adamw_with_average(), 2),
 }
 
 
-@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("name", WITH_EXACT)
 @pytest.mark.slow
-def test_forward_finds_exact_rows_wherever_they_are(name):
+def test_forward_finds_exact_rows_wherever_it_is(name):
     dtype = jnp.bfloat16 if name == "master_weights" else jnp.float32
-    tx, p, state = after_training(lambda: AROUND[name](averaging()), dtype)
-    _, weights, dense_state = after_training(DENSE.get(name, averaging), dtype)
+    tx, p, state = after_training(lambda: WITH_EXACT[name](adamw_with_average()), dtype)
+    _, weights, dense_state = after_training(DENSE.get(name, adamw_with_average), dtype)
     for averaged in (False, True):
-        wanted = adamjax.averaged_weights(dense_state, weights) if averaged else weights
-        fn = adamjax.eval_step(both, tx, averaged=averaged, strict=True)
-        assert_outputs_near(fn(p, state, READ), both(wanted, READ), dtype)
-        assert not np.allclose(both(p, READ), both(wanted, READ), atol=0.02)
+        expected = adamjax.averaged_weights(dense_state, weights) if averaged else weights
+        fn = adamjax.eval_step(reads_both, tx, averaged=averaged, strict=True)
+        assert_outputs_near(fn(p, state, READ_IDS), reads_both(expected, READ_IDS), dtype)
+        assert not np.allclose(reads_both(p, READ_IDS), reads_both(expected, READ_IDS), atol=0.02)
 
 
-@pytest.mark.parametrize("fn", [plain, bags, tied, chained])
+@pytest.mark.parametrize("fn", [dot_products, bags, tied, reads_in_loop])
 @pytest.mark.slow
-def test_forward_with_the_average_reads_it_up_to_date(fn):
-    tx = together(adamjax.chain(adamjax.adam(0.1), adamjax.weight_ema(0.8)))
+def test_forward_brings_the_average_up_to_date(fn):
+    tx = exact_tables(adamjax.chain(adamjax.adam(0.1), adamjax.weight_ema(0.8)))
     p, state = six_steps(tx, two_tables())
     now, flushed = tx.flush(p, state)
     average = adamjax.averaged_weights(flushed, now)
-    assert_outputs_near(adamjax.forward(fn, tx, averaged=True)(p, state, READ), fn(average, READ))
+    assert_outputs_near(
+        adamjax.forward(fn, tx, averaged=True)(p, state, READ_IDS), fn(average, READ_IDS)
+    )
 
 
 @pytest.mark.slow
-def test_forward_takes_the_weights_of_leaves_without_an_average():
+def test_forward_reads_the_weights_of_leaves_without_an_average():
     averages = adamjax.chain(adamjax.adam(0.1), adamjax.weight_ema(0.8))
     tx = adamjax.partition(
         [
@@ -546,10 +565,11 @@ def test_forward_takes_the_weights_of_leaves_without_an_average():
     )
     p, state = six_steps(tx, two_tables())
     dense = adamjax.partition([("other", averages)], default=adamjax.adam(0.1))
-    wanted, dense_state = six_steps(dense, two_tables())
-    wanted = adamjax.averaged_weights(dense_state, wanted)
+    expected, dense_state = six_steps(dense, two_tables())
+    expected = adamjax.averaged_weights(dense_state, expected)
     assert_outputs_near(
-        adamjax.forward(both, tx, averaged=True)(p, state, READ), both(wanted, READ)
+        adamjax.forward(reads_both, tx, averaged=True)(p, state, READ_IDS),
+        reads_both(expected, READ_IDS),
     )
 
 
@@ -564,84 +584,84 @@ def test_forward_is_a_plain_call_for_other_optimizers(tx):
 
     def fn(params, ids, *, scale=1.0):
         calls.append(params)
-        return plain(params, ids) * scale
+        return dot_products(params, ids) * scale
 
-    wanted = fn(p, READ, scale=2.0)
-    assert_outputs_near(adamjax.forward(fn, tx)(p, state, READ, scale=2.0), wanted)
+    expected = fn(p, READ_IDS, scale=2.0)
+    assert_outputs_near(adamjax.forward(fn, tx)(p, state, READ_IDS, scale=2.0), expected)
     assert calls[-1] is p
-    assert_outputs_near(adamjax.eval_step(fn, tx)(p, state, READ, scale=2.0), wanted)
+    assert_outputs_near(adamjax.eval_step(fn, tx)(p, state, READ_IDS, scale=2.0), expected)
     with pytest.raises(ValueError, match=r"no weight_ema: put one last in the chain"):
-        adamjax.eval_step(fn, tx, averaged=True)(p, state, READ)
+        adamjax.eval_step(fn, tx, averaged=True)(p, state, READ_IDS)
     if isinstance(tx, adamjax.Transform):
         averaging = adamjax.chain(tx, adamjax.weight_ema(0.5))
         p, state = six_steps(averaging, two_tables())
-        wanted = plain(adamjax.averaged_weights(state, p), READ)
+        expected = dot_products(adamjax.averaged_weights(state, p), READ_IDS)
         assert_outputs_near(
-            adamjax.eval_step(plain, averaging, averaged=True)(p, state, READ), wanted
+            adamjax.eval_step(dot_products, averaging, averaged=True)(p, state, READ_IDS), expected
         )
 
 
 @pytest.mark.slow
-def test_eval_step_is_a_function_of_jit_that_donates_nothing():
+def test_eval_step_is_jitted_and_donates_nothing():
     traces = []
 
     def with_static_times(params, ids, times):
         assert isinstance(times, int)
         traces.append(times)
-        return plain(params, ids) * times
+        return dot_products(params, ids) * times
 
-    tx = together(adamjax.adam(0.1))
+    tx = exact_tables(adamjax.adam(0.1))
     p, state = six_steps(tx, two_tables())
     evaluate = adamjax.eval_step(with_static_times, tx, static_argnames="times")
-    first = evaluate(p, state, READ, times=2)
-    assert_outputs_near(evaluate(p, state, ids=READ, times=2), first)
-    assert_outputs_near(first, 2 * plain(tx.flush(p, state)[0], READ))
-    # By place too, which is one behind that of the function's own argument.
-    assert_outputs_near(evaluate(p, state, READ, 2), first)
+    first = evaluate(p, state, READ_IDS, times=2)
+    assert_outputs_near(evaluate(p, state, ids=READ_IDS, times=2), first)
+    assert_outputs_near(first, 2 * dot_products(tx.flush(p, state)[0], READ_IDS))
+    # By position too, which is one higher than in the function itself.
+    assert_outputs_near(evaluate(p, state, READ_IDS, 2), first)
     by_number = adamjax.eval_step(with_static_times, tx, static_argnums=3)
-    assert_outputs_near(by_number(p, state, READ, 2), first)
+    assert_outputs_near(by_number(p, state, READ_IDS, 2), first)
     before = len(traces)
-    evaluate(p, state, READ, times=2)
+    evaluate(p, state, READ_IDS, times=2)
     assert len(traces) == before
     assert evaluate.__name__ == "with_static_times"
     assert isinstance(evaluate, jax.stages.Wrapped)
-    assert "stablehlo" in evaluate.lower(p, state, READ, times=3).as_text()
+    assert "stablehlo" in evaluate.lower(p, state, READ_IDS, times=3).as_text()
 
 
 CLASHING = {"params": 1.0, "state": 2.0, "self": 3.0, "method": 4.0}
 
 
-def takes_names(weights, ids, *, params, state, self, method):
-    return plain(weights, ids).sum() * (params + 10 * state + 100 * self + 1000 * method)
+def with_clashing_keywords(weights, ids, *, params, state, self, method):
+    return dot_products(weights, ids).sum() * (params + 10 * state + 100 * self + 1000 * method)
 
 
-def test_keywords_of_a_function_may_have_the_names_of_our_arguments():
+def test_keywords_of_a_function_may_be_named_like_our_arguments():
     tx, p = adamjax.exact_rows(adamjax.adam(0.1), "table"), params()
     state = tx.init(p)
-    expected = plain(p, READ).sum() * 4321
-    step = adamjax.train_step(takes_names, tx, donate_argnums=())
-    assert step(p, state, READ, **CLASHING)[2] == expected
-    assert step.eval_shape(p, state, READ, **CLASHING)[2].shape == ()
-    evaluate = adamjax.eval_step(takes_names, tx)
-    assert evaluate(p, state, READ, **CLASHING) == expected
-    assert adamjax.forward(takes_names, tx)(p, state, READ, **CLASHING) == expected
-    (value, _), _ = tx.value_and_grad(takes_names)(p, state, READ, **CLASHING)
+    expected = dot_products(p, READ_IDS).sum() * 4321
+    step = adamjax.train_step(with_clashing_keywords, tx, donate_argnums=())
+    assert step(p, state, READ_IDS, **CLASHING)[2] == expected
+    assert step.eval_shape(p, state, READ_IDS, **CLASHING)[2].shape == ()
+    evaluate = adamjax.eval_step(with_clashing_keywords, tx)
+    assert evaluate(p, state, READ_IDS, **CLASHING) == expected
+    assert adamjax.forward(with_clashing_keywords, tx)(p, state, READ_IDS, **CLASHING) == expected
+    (value, _), _ = tx.value_and_grad(with_clashing_keywords)(p, state, READ_IDS, **CLASHING)
     assert value == expected
 
 
-def test_static_arguments_may_have_the_names_of_our_arguments():
-    def by_place(weights, state, params):
+def test_static_arguments_may_be_named_like_our_arguments():
+    def with_our_names(weights, state, params):
         assert isinstance(params, int)  # not an array
-        return plain(weights, state) * params
+        return dot_products(weights, state) * params
 
     tx, p = adamjax.adam(0.1), params()
-    evaluate = adamjax.eval_step(by_place, tx, static_argnames="params")
-    assert_outputs_near(evaluate(p, tx.init(p), READ, 2), 2 * plain(p, READ))
+    evaluate = adamjax.eval_step(with_our_names, tx, static_argnames="params")
+    assert_outputs_near(evaluate(p, tx.init(p), READ_IDS, 2), 2 * dot_products(p, READ_IDS))
 
 
 @pytest.mark.parametrize("options", [{"static_argnames": "times"}, {"static_argnums": 3}])
 def test_static_arguments_of_a_train_step(options):
-    """By their names and in their places, which are one behind those of the loss."""
+    """By name, and by position, which is one higher than in the loss."""
 
     def loss(params, ids, times=1):
         assert isinstance(times, int)
@@ -656,34 +676,34 @@ def test_static_arguments_of_a_train_step(options):
 
 
 def test_forward_refuses_tables_that_are_used_as_a_whole_and_a_missing_average():
-    tx = together(adamjax.adam(0.1))
+    tx = exact_tables(adamjax.adam(0.1))
     p, state = six_steps(tx, two_tables())
     with pytest.raises(ValueError, match=r"forward: the table 'table' is used by dot_general.*dat"):
-        adamjax.forward(tied, tx, strict=True)(p, state, READ)
+        adamjax.forward(tied, tx, strict=True)(p, state, READ_IDS)
     with pytest.raises(ValueError, match=r"eval_step: the table 'other' is returned by the func"):
         adamjax.eval_step(lambda p: p["other"], tx, strict=True)(p, state)
     with pytest.raises(ValueError, match=r"no weight_ema"):
-        adamjax.forward(plain, tx, averaged=True)(p, state, READ)
+        adamjax.forward(dot_products, tx, averaged=True)(p, state, READ_IDS)
 
 
 def test_forward_refuses_another_optimizer_than_that_of_the_state():
-    """It would not know that rows lag behind."""
-    tx = together(adamjax.adam(0.1))
+    """`forward` would not bring rows up to date."""
+    tx = exact_tables(adamjax.adam(0.1))
     p, state = six_steps(tx, two_tables())
     for other in (optax.sgd(0.1), adamjax.identity()):
         with pytest.raises(ValueError, match=r"forward: the state has an exact_rows that is not i"):
-            adamjax.forward(plain, other)(p, state, READ)
+            adamjax.forward(dot_products, other)(p, state, READ_IDS)
     with pytest.raises(TypeError, match=r"expected the ExactRowsState"):
-        adamjax.forward(plain, tx)(p, adamjax.adam(0.1).init(p), READ)
+        adamjax.forward(dot_products, tx)(p, adamjax.adam(0.1).init(p), READ_IDS)
     inside = optax.chain(optax.clip(1.0), optax.GradientTransformationExtraArgs(*tx))
     with pytest.raises(ValueError, match=r"eval_step: .* If exact_rows is inside another library"):
-        adamjax.eval_step(plain, inside)(p, inside.init(p), READ)
+        adamjax.eval_step(dot_products, inside)(p, inside.init(p), READ_IDS)
 
 
 def test_forward_refuses_parameters_that_do_not_fit():
-    tx = together(adamjax.adam(0.1))
+    tx = exact_tables(adamjax.adam(0.1))
     p, state = six_steps(tx, two_tables())
     with pytest.raises(TypeError, match=r"eval_step: params\['act'\] is an? .*eqx.filter\(model"):
-        adamjax.eval_step(plain, tx)({**p, "act": jnp.tanh}, state, READ)
+        adamjax.eval_step(dot_products, tx)({**p, "act": jnp.tanh}, state, READ_IDS)
     with pytest.raises(ValueError, match=r"last\['table'\] is int32\[300\], expected int32\[9\]"):
-        adamjax.forward(plain, tx)({**p, "table": p["table"][:9]}, state, READ)
+        adamjax.forward(dot_products, tx)({**p, "table": p["table"][:9]}, state, READ_IDS)

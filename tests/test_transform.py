@@ -1,4 +1,4 @@
-"""Chains, extra arguments, optax on either side, applying updates, and states that are refused."""
+"""`chain`, extra arguments, optax inside and around, `apply_updates`, and refused states."""
 
 import copy
 import functools
@@ -35,7 +35,7 @@ GRADS = {"w": jnp.array([0.1, 0.2]), "b": jnp.array(-0.3)}
 
 
 def run(tx, steps=3, params=PARAMS, grads=GRADS, **extra_args):
-    """The parameters after some steps, and the state."""
+    """The parameters and the state after some steps with growing gradients."""
 
     @jax.jit
     def step(t, params, state):
@@ -77,8 +77,8 @@ def test_the_state_is_the_tuple_of_the_parts_states():
     assert isinstance(rate, adamjax.states.ScheduleState)
 
 
-def test_a_chain_is_its_parts_in_turn():
-    """Also where the rule applies the factors of the parts after it, and where it cannot."""
+def test_a_chain_applies_its_parts_in_order():
+    """The rule itself applies the factor of the scaling right after it."""
     parts = [scale(0.5), scale_by_adam(), scale_by_learning_rate(0.1), scale(2.0), scale(0.5)]
     tx = chain(*parts)
     state, states = tx.init(PARAMS), [part.init(PARAMS) for part in parts]
@@ -94,7 +94,7 @@ def test_a_chain_is_its_parts_in_turn():
 @pytest.mark.parametrize(
     "bad", [None, 3, scale, adam, [scale(1.0), scale(2.0)], (1, 2), "ab", adamjax.constant(0.1)]
 )
-def test_what_is_not_a_transform_is_refused(bad):
+def test_a_part_that_is_not_a_transform_is_refused(bad):
     makers = (
         lambda: chain(scale(1.0), bad),
         lambda: skip_not_finite(bad),
@@ -120,7 +120,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_weight_ema_must_be_last_inside_of_wrappers_too(wrap):
+def test_weight_ema_must_be_last_inside_wrappers_too(wrap):
     for after in (scale(1.0), identity(), optax.identity()):
         with pytest.raises(ValueError, match=r"chain: .*must be last"):
             chain(adam(), wrap(weight_ema()), after)
@@ -131,12 +131,12 @@ def test_weight_ema_must_be_last_inside_of_wrappers_too(wrap):
     chain(adam(), wrap(weight_ema()))
 
 
-def test_between_our_transforms_nothing_is_rounded():
-    """The steps of a chain would each lose bits in bfloat16; together they lose none."""
-    grads = jnp.array([1.0, 3.0, 1e-3], jnp.bfloat16)
+def test_a_chain_rounds_nothing_between_our_transforms():
+    """Rounded to bfloat16 after each part, the product of 1.65 would differ from it."""
+    grads = jnp.array([1.0, 3.0, 1e-3, 1.65], jnp.bfloat16)
     tx = chain(scale(1 / 3), scale(1.001), scale(3.0), scale(1 / 1.001))
     assert_same(tx.update(grads, tx.init(grads))[0], grads)
-    # Nor does float16 overflow on the way.
+    # Nor does float16 overflow between the parts.
     grads = jnp.array([6e4], jnp.float16)
     assert_same(chain(scale(100.0), scale(0.01)).update(grads, ((), ()))[0], grads)
 
@@ -166,7 +166,7 @@ def test_weight_decay_after_the_rate_is_refused():
 
 
 class scale_by_loss(Transform):
-    """Takes an extra argument of its own."""
+    """Multiplies by an extra argument, `loss`."""
 
     def init(self, params):
         return ()
@@ -176,7 +176,7 @@ class scale_by_loss(Transform):
 
 
 @pytest.mark.slow
-def test_extra_arguments_reach_those_that_take_them():
+def test_extra_arguments_reach_the_parts_that_accept_them():
     parts = (clip_by_global_norm(10.0), scale_by_loss(), optax.scale(1.0), weight_ema(0.5))
     for wrap in WRAPPERS.values():
         tx = wrap(chain(*parts))
@@ -186,8 +186,8 @@ def test_extra_arguments_reach_those_that_take_them():
         np.testing.assert_allclose(updates["w"], 3.0 * GRADS["w"], rtol=1e-6)
 
 
-def test_extra_arguments_reach_optax():
-    """Those that take all, those that name one, and those that take none."""
+def test_extra_arguments_reach_functions_of_optax():
+    """Functions that accept any extra argument, one by its name, or none."""
     plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
     tx = skip_not_finite(chain(scale(-0.1), plateau, optax.scale(1.0)))
     state = tx.init(PARAMS)
@@ -226,7 +226,7 @@ def test_optax_and_ours_mix_both_ways(mixed):
 
 
 @pytest.mark.slow
-def test_flax_takes_ours():
+def test_the_optimizer_of_flax_accepts_our_chain():
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     before = jax.tree.map(jnp.copy, nnx.state(model))
@@ -245,7 +245,7 @@ def test_flax_takes_ours():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_the_state_of_optax_keeps_its_dtype_in_our_wrappers(wrap, dtype):
-    """`optax.trace` takes on the dtype of its gradients, so wrappers must not widen them."""
+    """`optax.trace` adopts the dtype of its gradients, so wrappers must not widen these."""
     params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
     tx = chain(scale(1.0), wrap(chain(optax.trace(0.9), scale_by_adam())))
     state = tx.init(params)
@@ -256,10 +256,10 @@ def test_the_state_of_optax_keeps_its_dtype_in_our_wrappers(wrap, dtype):
         state = next_state
 
 
-def test_functions_of_any_kind_make_a_transform():
-    """A pair may be of partial functions, which have no name, or of methods."""
-    made = optax.scale(2.0)
-    of_partials = functools.partial(made.init), functools.partial(made.update)
+def test_a_pair_of_partial_functions_or_methods_is_a_transform():
+    """Partial functions have no name."""
+    theirs = optax.scale(2.0)
+    of_partials = functools.partial(theirs.init), functools.partial(theirs.update)
     tx = chain(of_partials, OURS)
     assert "partial" in repr(tx)
     assert tx == chain(of_partials, OURS)
@@ -295,7 +295,7 @@ def test_apply_updates_rounds_once(jit, dtype, u_dtype):
     assert_same(jit(apply_updates)(jnp.asarray(p), jnp.asarray(u)), jnp.asarray(expected))
 
 
-def test_apply_updates_leaves_alone_what_has_no_update():
+def test_apply_updates_leaves_alone_leaves_without_an_update():
     key = jax.random.key(0)
     params = {"w": jnp.ones(2), "n": jnp.arange(2), "flag": True, "none": None, "key": key}
     updates = {"w": None, "n": float0((2,)), "flag": None, "none": None, "key": None}
@@ -325,8 +325,8 @@ def test_apply_updates_refuses_another_tree(updates, message):
 # --- arguments ----------------------------------------------------------------------------------
 
 
-def test_leaves_of_python_and_numpy_are_taken():
-    """Scalars of Python and float64 arrays of NumPy, which JAX takes to be float32."""
+def test_python_scalars_and_numpy_arrays_are_accepted_as_leaves():
+    """JAX converts Python floats and float64 arrays to float32."""
     params = {"w": np.ones(2), "b": 1.0, "h": np.ones(2, ml_dtypes.bfloat16)}
     tx = chain(clip_by_global_norm(1.0), adam(0.1), weight_ema(0.5))
     state = tx.init(params)
@@ -336,8 +336,8 @@ def test_leaves_of_python_and_numpy_are_taken():
     assert avals(apply_updates(params, updates)) == avals(params)
 
 
-def test_a_hyperparameter_of_many_values_is_not_broadcast():
-    """It would change the shapes of parameters; `vmap` is how to use many."""
+def test_an_array_of_several_values_as_a_hyperparameter_is_refused():
+    """Broadcasting it would change the shapes of parameters. `vmap` applies several values."""
     values = jnp.array([0.1, 0.2])
     for tx in (
         scale(values),
@@ -366,7 +366,7 @@ def test_params_of_another_tree_are_refused():
                 tx.update(GRADS, state, wrong)
 
 
-def test_parameters_that_are_no_arrays_are_refused():
+def test_parameters_that_are_not_arrays_are_refused():
     for bad in ("name", object(), len):
         with pytest.raises(
             TypeError, match=r"params\['layer/kind'\] is .*expected an array, or None"
@@ -374,7 +374,7 @@ def test_parameters_that_are_no_arrays_are_refused():
             adam().init({"layer": {"kind": bad, "w": jnp.ones(2)}})
 
 
-def test_params_are_asked_for_where_they_are_needed():
+def test_a_transform_that_reads_params_refuses_an_update_without_them():
     for tx, name in (
         (adamjax.adamw(), "add_decayed_weights"),
         (chain(adam(), weight_ema()), "weight_ema"),
@@ -384,8 +384,7 @@ def test_params_are_asked_for_where_they_are_needed():
             tx.update(GRADS, tx.init(PARAMS))
 
 
-def test_a_transform_of_ones_own_is_like_any_other():
-    """A subclass is a frozen dataclass and a pytree."""
+def test_a_users_transform_prints_pickles_compares_and_is_a_pytree():
     tx = chain(scale_by_loss(), adam(0.1))
     assert repr(tx).startswith("chain(scale_by_loss(), scale_by_adam(")
     assert pickle.loads(pickle.dumps(tx)) == copy.deepcopy(tx) == tx
@@ -436,7 +435,7 @@ STATEFUL = {
     ],
     ids=lambda tx: type(tx).__name__,
 )
-def test_what_keeps_no_state_refuses_one(tx):
+def test_a_transform_without_state_refuses_the_state_of_another(tx):
     params = {"w": jnp.ones(3)}
     state = adamjax.scale_by_adam().init(params)
     message = rf"{type(tx).__name__}: the state is a ScaleByAdamState, expected \(\)"
@@ -453,7 +452,7 @@ def test_a_state_of_another_kind_is_refused(name, state):
 
 
 def test_an_array_in_the_place_of_a_state_is_refused():
-    """As if a call of a jitted step left out the state: the batch, a tracer, is in its place."""
+    """As if a call of a jitted step left out the state, so that the batch is in its place."""
     with pytest.raises(TypeError, match=r"chain: the state is float32\[2, 3\], expected the tuple"):
         jax.jit(adamjax.adam().update)(jnp.ones(2), jnp.ones((2, 3)))
 
@@ -473,8 +472,8 @@ def test_a_state_of_another_chain_is_refused():
         chain(scale(1.0)).update(GRADS, chain(scale(1.0), scale(1.0)).init(PARAMS))
 
 
-# A transform, and a key in the paths of those arrays of its state that the test replaces.
-WITH_ARRAYS = {
+# Transforms, and a key in the paths of the arrays of their states that the test replaces.
+KEYS_OF_ARRAYS = {
     "amsgrad": (adamjax.amsgrad(0.1), "w"),
     "average": (adamjax.weight_ema(0.9), "w"),
     "accumulated": (adamjax.accumulate_gradients(adamjax.scale(-0.1), 2), "w"),
@@ -486,44 +485,47 @@ WITH_ARRAYS = {
 }
 
 
-@pytest.mark.parametrize("name", WITH_ARRAYS)
+@pytest.mark.parametrize("name", KEYS_OF_ARRAYS)
 @pytest.mark.parametrize(
     "value",
     [..., np.array(None), np.array("a"), np.ones((8, 2), ">f4"), np.zeros((8, 2), "m8[s]")],
     ids=["ellipsis", "objects", "text", "swapped", "times"],
 )
-def test_what_is_no_array_in_a_state_is_named(name, value):
+def test_a_leaf_of_a_state_that_jax_cannot_use_is_named(name, value):
     """Partial checkpoints contain `...`, and NumPy saves `None` as an array of objects."""
-    tx, key = WITH_ARRAYS[name]
+    tx, key = KEYS_OF_ARRAYS[name]
     params = {"w": jnp.ones((8, 2))}
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tx.init(params))
-    places = [i for i, (path, _) in enumerate(leaves) if f"[{key!r}]" in jax.tree_util.keystr(path)]
-    assert places
-    for place in places:
-        arrays = [value if i == place else x for i, (_, x) in enumerate(leaves)]
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    replaced = [i for i, name in enumerate(names) if f"[{key!r}]" in name]
+    assert replaced
+    for i in replaced:
+        arrays = [value if j == i else x for j, (_, x) in enumerate(leaves)]
         with pytest.raises(
-            (TypeError, ValueError), match=rf"{names_of_parts(tx)}: .*{key}.* expected"
+            (TypeError, ValueError), match=rf"{pattern_of_parts(tx)}: .*{key}.* expected"
         ):
             tx.update(params, treedef.unflatten(arrays), params)
 
 
-def names_of_parts(tx):
-    """A pattern for the transform and its parts, any of which an error may name."""
-    parts = {type(part.tx).__name__ for part in adamjax.structure.walk(tx)}
-    return f"({'|'.join(sorted(parts))})"
+def pattern_of_parts(tx):
+    """A pattern that matches the names of the transform and its parts."""
+    names = {type(part.tx).__name__ for part in adamjax.structure.walk(tx)}
+    return f"({'|'.join(sorted(names))})"
 
 
 @pytest.mark.parametrize("name", [*STATEFUL, "exact_rows", "with_hyperparams", "master_weights"])
 def test_a_state_of_shapes_is_refused(name):
-    """It is what a checkpoint is restored into, passed in place of what was restored."""
-    made = {
+    """As if the target of a restore was passed instead of the restored state."""
+    others = {
         "exact_rows": adamjax.exact_rows(adam(0.1), "w"),
         "with_hyperparams": adamjax.with_hyperparams(scale(0.1), factor=0.1),
         "master_weights": adamjax.master_weights(scale(0.1)),
     }
-    tx, params = made.get(name) or STATEFUL[name], {"w": jnp.ones((8, 2), jnp.bfloat16)}
+    tx, params = others.get(name) or STATEFUL[name], {"w": jnp.ones((8, 2), jnp.bfloat16)}
     shapes = jax.eval_shape(tx.init, params)
-    with pytest.raises(TypeError, match=rf"{names_of_parts(tx)}: .* is the shape .*was restored"):
+    with pytest.raises(
+        TypeError, match=rf"{pattern_of_parts(tx)}: .* is the shape .*pass the restored state"
+    ):
         tx.update(params, shapes, params)
     updates, after = jax.eval_shape(tx.update, params, shapes, params)
     assert avals(after) == avals(shapes)
@@ -542,16 +544,14 @@ def test_shapes_in_place_of_a_state_are_refused_wherever_a_state_is_read():
         lambda: adamjax.grouped(adam(0.1)).join(shapes.inner, params),
         lambda: step(params, shapes.inner),
     ):
-        with pytest.raises(
-            TypeError, match=r"is the shape int32\[\], .*pass the state that was rest"
-        ):
+        with pytest.raises(TypeError, match=r"is the shape int32\[\], .*pass the restored state"):
             call()
     assert avals(jax.eval_shape(tx.from_dense, shapes.inner, params)) == avals(shapes)
     assert len(tx.bind(shapes, jax.eval_shape(lambda: params)).tables) == 1
 
 
 def test_python_numbers_in_place_of_arrays_are_refused():
-    """JSON has only these and lists."""
+    """A state that went through JSON has only these and lists."""
     params = {"w": jnp.ones(3), "b": jnp.ones((), jnp.bfloat16)}
     in_place_of_b = {
         "m": adamjax.scale_by_adam(),
@@ -580,7 +580,7 @@ def test_python_numbers_in_place_of_arrays_are_refused():
         exact.lookup(params, state, "w", 0)
 
 
-def test_arrays_of_another_byte_order_are_refused_with_the_mend():
+def test_the_error_for_another_byte_order_says_how_to_convert_the_array():
     params = {"w": jnp.ones(3)}
     swapped, tx = {"w": np.ones(3, ">f4")}, adam(0.1)
     state = tx.init(params)
@@ -593,22 +593,22 @@ def test_arrays_of_another_byte_order_are_refused_with_the_mend():
     ):
         with pytest.raises((TypeError, ValueError), match=r">[fi]4\[3?\].*newbyteorder"):
             call()
-    mended = swapped["w"].astype(swapped["w"].dtype.newbyteorder("="))
-    assert_same(tx.update({"w": mended}, state)[0], tx.update(params, state)[0])
+    converted = swapped["w"].astype(swapped["w"].dtype.newbyteorder("="))
+    assert_same(tx.update({"w": converted}, state)[0], tx.update(params, state)[0])
 
 
 @pytest.mark.parametrize("name", ["adam", "amsgrad", "adamax", "nadam"])
 def test_a_negative_count_makes_nan(name):
-    """The bias corrections would change their sign, and the step would go uphill."""
+    """Bias corrections such as 1 - b1**t would be negative or zero."""
     tx, params = getattr(adamjax, name)(0.1), jnp.ones(2)
     state = tx.init(params)
-    for count, expected in ((-5, True), (-1, True), (0, False), (2**31 - 1, False)):
+    for count, is_nan in ((-5, True), (-1, True), (0, False), (2**31 - 1, False)):
         counted = (state[0]._replace(count=jnp.array(count, jnp.int32)), *state[1:])
-        assert np.isnan(tx.update(params, counted, params)[0]).all() == expected
+        assert np.isnan(tx.update(params, counted, params)[0]).all() == is_nan
 
 
 def read_from_npz(tree, path):
-    """A tree as NumPy writes and reads it, which knows no bfloat16."""
+    """The tree after NumPy has written and read it. NumPy has no bfloat16."""
     leaves, treedef = jax.tree.flatten(tree)
     np.savez(path, *map(np.asarray, leaves))
     with np.load(path) as file:
@@ -623,7 +623,7 @@ def test_bfloat16_that_lost_its_dtype_in_a_file_is_refused(tmp_path):
     narrow = read_from_npz({"w": jnp.ones(3, jnp.bfloat16)}, path)
     step = adamjax.train_step(lambda params: jnp.sum(params["w"]), tx)
     theirs = optax.adam(0.1).init(p)[0]._replace(mu=narrow)
-    for call, what in [
+    for call, message in [
         (lambda: tx.update(p, restored, p), r"scale_by_adam: the state's m\['w'\]"),
         (lambda: step(p, restored), r"train_step: the state\['0/.*m/w'\]"),
         (lambda: step(narrow, state), r"train_step: params\['w'\]"),
@@ -634,8 +634,8 @@ def test_bfloat16_that_lost_its_dtype_in_a_file_is_refused(tmp_path):
         (lambda: adamjax.convert.from_optax(theirs, tx, p, check=False), r"an array"),
     ]:
         with pytest.raises(
-            (TypeError, ValueError), match=rf"{what}.* \|V2\[3\].*ml_dtypes.bfloat16"
+            (TypeError, ValueError), match=rf"{message}.* \|V2\[3\].*ml_dtypes.bfloat16"
         ):
             call()
-    mended = jax.tree.map(lambda x: x.view(ml_dtypes.bfloat16) if x.dtype == "V2" else x, restored)
-    assert_same(tx.update(p, mended, p), tx.update(p, state, p))
+    viewed = jax.tree.map(lambda x: x.view(ml_dtypes.bfloat16) if x.dtype == "V2" else x, restored)
+    assert_same(tx.update(p, viewed, p), tx.update(p, state, p))
