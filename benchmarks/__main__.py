@@ -5,17 +5,17 @@ import sys
 
 from benchmarks.train.options import UserError
 
-# The suites, each with what it does. A suite is `main(arguments)` in the module of its name.
+# Suite: its description. A suite is the function `main` of the module with its name.
 SUITES = {
-    "train": "train a next-word model on real text, with every kind of part in its chain",
+    "train": "train a next-word model on real text, with a whole chain of transforms",
     "all": "dense, rows, compile, memory and models, one after another, and the report",
     "dense": "dense steps against optax, Keras and torch",
     "rows": "the step of one table: exact, lazy and dense against optax, Keras, TF and torch",
     "models": "whole models with large tables: steps and tracing, row gradients against dense",
     "compile": "the time to trace and to compile a program of 500 leaves, against optax",
     "memory": "bytes of states and of temporaries: dense chains, and a table in every mode",
-    "tpu": "what the TPU's compiler says of steps, without a TPU",
-    "gpu": "what the GPU's compiler says of steps, without a GPU",
+    "tpu": "what the TPU's compiler reports for steps, without a TPU",
+    "gpu": "what the GPU's compiler reports for steps, without a GPU",
     "quality": "does exact matter? models on real data, trained exactly, lazily and in between",
     "float64": "the models of quality in float64: do exact and dense differ by rounding alone?",
     "narrow": "moments and weights in few bits: errors against float64, and the loss of training",
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         argv = ["report", *argv]
     name, *rest = argv
     if name not in SUITES:
-        print(f"benchmarks: no suite {name!r}; there are {', '.join(SUITES)}", file=sys.stderr)
+        print(f"benchmarks: no suite {name!r}; the suites are {', '.join(SUITES)}", file=sys.stderr)
         return 2
     try:
         return importlib.import_module(f"benchmarks.{name}").main(rest)

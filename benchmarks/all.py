@@ -1,8 +1,8 @@
 """Runs the suites dense, rows, compile, memory and models, and writes the report.
 
-Each suite runs in a process of its own, one after another, on what JAX finds: TPU, GPU or CPU.
-If one fails, the others still run, and the last line names it. Run nothing else meanwhile. On a
-small machine this takes an hour or two.
+Each suite runs in a process of its own, one after another, on the device that JAX finds: TPU, GPU
+or CPU. If one fails, the others still run, and the last line names it. Run nothing else on the
+machine meanwhile. On a small machine this takes an hour or two.
 """
 
 import argparse
@@ -18,7 +18,7 @@ SUITES = ("dense", "rows", "compile", "memory", "models")
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks all", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see whether all runs")
     parser.add_argument(
         "--out",
         type=Path,
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         help="where results go (default benchmarks/results/PLATFORM; with --quick: build/quick)",
     )
     args = parser.parse_args(argv)
-    # Without a folder, the suites and the report take that of the platform.
+    # Without a folder, the suites and the report use the platform's.
     folder = args.out or (ROOT / "build" / "quick" if args.quick else None)
     failed = []
     for suite in SUITES:

@@ -1,8 +1,8 @@
 """Two results of one suite: what changed, and whether by more than the noise.
 
 A figure that was measured in rounds has a median and quartiles. Where the quartile ranges of two
-results overlap, the difference is within the noise; where they do not, and each is of five rounds
-or more, it is a change. What has no spread (bytes, bounds) changed or did not.
+results overlap, the difference is within the noise. Where they do not, and each has five rounds or
+more, it is a change. A figure without a spread (bytes, bounds) has changed if its values differ.
 """
 
 import json
@@ -16,11 +16,11 @@ from typing import Any
 from benchmarks.tables import Results, machine, origin
 from benchmarks.train.options import UserError
 
-# Quartiles of fewer rounds say little about the next round.
+# The quartiles of fewer rounds hardly predict the next round.
 ENOUGH = 5
 TOO_FEW = "beyond the noise, but of too few rounds"
 
-# A larger value is slower, or faster, if one of these is a part of a figure's name.
+# If one of these is in a figure's name, a larger value is slower, or faster.
 SLOWER = {"ms", "s", "ratio", "ratio_to_none", "tables_ms"}
 FASTER = {"fraction", "bandwidth"}
 # Keys that say how a suite was measured, and so are not compared.
@@ -31,7 +31,7 @@ ABOUT = {"suite", "quick", "environment", "rounds", "sittings", "grid_rounds"}
 class Figure:
     """A value in a suite's results."""
 
-    name: tuple[str, ...]  # where it stands, from the outside in
+    name: tuple[str, ...]  # its keys in the results, outermost first
     value: Any  # the median if it has a spread, else a number, True, False or a text
     quartiles: tuple[float, float] | None = None
     rounds: int = 0  # how often it was measured; 0 if that is not known
@@ -44,7 +44,7 @@ class Figure:
 
 
 def loaded(path: Path) -> Results:
-    """A suite's results, or an error that says what is wrong with the file."""
+    """A suite's results; raises a `UserError` if the file has none."""
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -55,7 +55,7 @@ def loaded(path: Path) -> Results:
 
 
 def _identity(row: dict[str, Any]) -> str:
-    """What distinguishes a row of a list from the others: its texts, each only once."""
+    """The name of a row in a list: its texts, each only once."""
     texts: list[str] = []
     for x in row.values():
         if isinstance(x, str) and not any(x in y for y in texts):
@@ -106,7 +106,7 @@ def verdict(a: Figure, b: Figure) -> str:
 
 
 def compared(old: Results, new: Results, everything: bool = False) -> str:
-    """What changed from old results of a suite to new ones, or everything, as text.
+    """What changed from old results of a suite to new ones, as text; on request, all figures.
 
     Raises:
       UserError: they are of different suites, or one is of a quick run and the other is not.
@@ -118,8 +118,8 @@ def compared(old: Results, new: Results, everything: bool = False) -> str:
         )
     if old.get("quick", False) != new.get("quick", False):
         raise UserError(
-            "one of these is a quick run, which works on tiny sizes: its times say nothing about "
-            "the other's"
+            "one of these is a quick run, which works on tiny sizes: its times cannot be compared "
+            "with the other's"
         )
     lines = [f"{old['suite']}, from A to B", f"A: {origin(old)}", f"B: {origin(new)}"]
     if machine(old) != machine(new):
@@ -132,20 +132,20 @@ def compared(old: Results, new: Results, everything: bool = False) -> str:
         verdicts[name] = verdict(before[name], after[name])
         a, b = before[name].value, after[name].value
         is_number = not (isinstance(a, bool | str) or isinstance(b, bool | str))
-        # Of a text, of 0 and of a number with another sign there is no factor.
+        # A text, a 0 and a change of sign have no factor.
         factors[name] = b / a if is_number and a and b / a > 0 else 1.0
     unchanged = () if everything else ("same", "within the noise")
-    changed = [name for name, found in verdicts.items() if found not in unchanged]
-    # What was measured in enough rounds first, and of that the largest change.
+    changed = [name for name, outcome in verdicts.items() if outcome not in unchanged]
+    # Figures of enough rounds come first, and among them the largest changes.
     changed.sort(key=lambda name: (verdicts[name] == TOO_FEW, -abs(math.log(factors[name]))))
     for name in changed:
         times = "" if factors[name] == 1 else f", {factors[name]:.3g} times"
         values = f"{before[name]} -> {after[name]}{times}"
         lines.append(f"  {verdicts[name]:10} {' / '.join(name)}: {values}")
-    for label, ours, others in (("A", before, after), ("B", after, before)):
-        if missing := [name for name in ours if name not in others]:
-            first = "; ".join(" / ".join(name) for name in missing[:3])
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    for label, own, others in (("A", before, after), ("B", after, before)):
+        if unmatched := [name for name in own if name not in others]:
+            first = "; ".join(" / ".join(name) for name in unmatched[:3])
+            more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
             lines.append(f"  only in {label}: {first}{more}")
     counts = ", ".join(f"{n} {what}" for what, n in Counter(verdicts.values()).most_common())
     lines.append(f"{len(verdicts)} figures: {counts or 'none in common'}.")

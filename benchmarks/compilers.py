@@ -1,6 +1,6 @@
 """Compiles steps for TPUs and GPUs without the device: what the suites `tpu` and `gpu` share.
 
-A compiler may end the process that it is in, so it gets processes of its own.
+A compiler may crash its process, so it runs in worker processes.
 """
 
 import os
@@ -13,13 +13,13 @@ import jax
 
 from benchmarks.hlo import cycles, large_results, launches, traffic
 from benchmarks.measure import installed
-from benchmarks.programs import Case, block_turns, program
+from benchmarks.programs import Case, block_iterations, program
 from benchmarks.steps import count_bytes
 from benchmarks.suite import Suite
 from benchmarks.workers import Ended, Worker
 
-# Cases that make one row of the results: the part of the results that the row is in ("dense" or
-# "rows"), the entries that say what the row is about, and each case by its name.
+# The cases of one row of the results: the part of the results that has the row ("dense" or
+# "rows"), the entries that describe the row, and each case by its name.
 Group = tuple[str, dict[str, Any], dict[str, Case]]
 
 
@@ -29,14 +29,14 @@ class Compiler:
 
     suite: str
     about: str | None  # the text of `--help`
-    module: str  # that the compiler is in
+    module: str  # of the compiler
     packages: tuple[str, ...]  # whose versions the results state
     topology: Callable[[str], Any]  # the devices of a target, as JAX describes them
     environment: Callable[[str], dict[str, str]]  # environment variables of a target
     targets: tuple[str, ...]  # the chips that it compiles for
     dense: tuple[str, ...]  # the figures of a dense step; see `figures`
-    rows: Mapping[str, str]  # those of a step on tables, by their names in the results
-    groups: Callable[[bool], list[Group]]  # the argument says whether the run is a quick one
+    rows: Mapping[str, str]  # the figures of a step on tables, by their names in the results
+    groups: Callable[[bool], list[Group]]  # the argument: is it a quick run?
     results: Mapping[str, str]  # more entries of the results
 
     def start(self, target: str) -> Worker:
@@ -48,8 +48,8 @@ def figures(case: Case, compiled: Any, arguments: Any) -> dict[str, Callable[[],
     """The figures of a compiled case, each as a function that computes it."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     elements = 0 if case[0] == "dense" else case[2] * case[3]
-    # A copy of a table in pieces counts too. In the other cases the tables are small: the rows of a
-    # step are almost as large as a table, so only half a table or more counts.
+    # An eighth of a table counts as large, as a table may be copied in pieces. The tables of the
+    # other cases are small: the rows of a step are almost as large, so only half a table counts.
     large = elements // (8 if case[0] == "rows" else 2)
 
     def orders() -> list[list[int]]:
@@ -60,7 +60,7 @@ def figures(case: Case, compiled: Any, arguments: Any) -> dict[str, Callable[[],
         "kernels": lambda: launches(text)[0],
         "round_trips": lambda: launches(text)[1],
         "cycles": lambda: cycles(text),
-        "bytes": lambda: traffic(text, block_turns(case), 4 * elements),
+        "bytes": lambda: traffic(text, block_iterations(case), 4 * elements),
         "bytes_accessed": lambda: compiled.cost_analysis()["bytes accessed"],
         "temporary_bytes": lambda: memory.temp_size_in_bytes,
         "argument_bytes": lambda: memory.argument_size_in_bytes,
@@ -92,8 +92,8 @@ class Contender:
             return {n: x / num_parameters if "bytes" in n else x for n, x in totals.items()}
         names = dict(self.compiler.rows)
         if case[0] == "tables":
-            # An instruction that joins rows of several tables does not say how much it takes from
-            # each.
+            # An instruction that joins rows of several tables does not show how many bytes it moves
+            # from each.
             del names["bytes"]
         if case[1] == "init":
             names["orders"] = "orders"
@@ -103,7 +103,7 @@ class Contender:
 def reports(
     compiler: Compiler, target: str, cases: Sequence[Case], processes: int
 ) -> list[dict[str, Any]]:
-    """Reports on cases, in their order; `{"failed": why}` where the compiler ended its process."""
+    """The reports on cases, in order; `{"failed": why}` if the compiler crashed."""
     idle = [compiler.start(target) for _ in range(processes)]
 
     def ask(case: Case) -> dict[str, Any]:
@@ -147,8 +147,8 @@ def main(compiler: Compiler, argv: list[str]) -> int:
     suite.results |= {"dense": [], "rows": []}
     for target, answer in zip(targets, answers, strict=True):
         chip = {"chip": target} if len(all_targets) > 1 else {}
-        said = dict(zip(cases, answer, strict=True))
+        report_of = dict(zip(cases, answer, strict=True))
         for part, about, group in groups:
-            row = {name: said[str(case)] for name, case in group.items()}
+            row = {name: report_of[str(case)] for name, case in group.items()}
             suite.results[part].append({**chip, **about, "said": row})
     return suite.finish()

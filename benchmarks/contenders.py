@@ -17,12 +17,12 @@ from benchmarks.steps import RATE, Runner, Step
 # 1,400 distinct rows, and 1,024 indices about 290.
 EXPONENT = 1.28
 
-# Steps repeat this many arrays of indices and of values. If the values would take more than
-# `MOST_BYTES`, there are fewer of them, but at least two.
+# The arrays of indices and of values that steps repeat. If the values would take more than
+# `MOST_BYTES`, there are fewer arrays of them, but at least two.
 INDEX_ARRAYS, VALUE_ARRAYS = 32, 8
 MOST_BYTES = 2**28
 
-# Steps before the timed ones: a few until the memory is allocated, or many until rows lag behind.
+# Steps before the timed ones: a few, to allocate the memory, or many, until rows lag behind.
 FEW_STEPS, MANY_STEPS = 3, 24
 
 # For each contender: the package that it needs, and the number of steps before the timed ones.
@@ -36,11 +36,11 @@ CONTENDERS: dict[str, tuple[str, int]] = {
     "torch sparse": ("torch", MANY_STEPS),
     "torch dense": ("torch", FEW_STEPS),
 }
-# Steps that also read the rows and differentiate a loss. Only the main cases time them.
+# Whole train steps, which also read the rows and differentiate a loss; only for the main cases.
 WHOLE_STEPS = {"exact step": ("adamjax", MANY_STEPS), "lazy step": ("adamjax", MANY_STEPS)}
 ALL_CONTENDERS = {**CONTENDERS, **WHOLE_STEPS}
 OURS = tuple(name for name, (package, _) in ALL_CONTENDERS.items() if package == "adamjax")
-# The contenders that work on the rows that were read; the others pass over the whole table.
+# The contenders whose step works only on the rows read; the others' passes over the whole table.
 BY_ROWS = (*(name for name in OURS if name != "dense"), "torch sparse")
 
 
@@ -92,7 +92,7 @@ def batch_bytes(case: Case) -> int:
 
 
 def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Indices int32[32, reads] and values float32[n, reads, width], the same for everyone."""
+    """Indices int32[32, reads] and values float32[n, reads, width], the same for all contenders."""
     rng = np.random.default_rng(case.reads)
     indices_shape = (INDEX_ARRAYS, case.reads)
     if case.indices == "uniform":
@@ -106,7 +106,7 @@ def batches(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def start_rows(width: int) -> np.ndarray:
-    """The 1,000 rows that every table repeats before the first step."""
+    """The 1,000 rows that are repeated to fill every table before the first step."""
     return 0.01 * np.random.default_rng(0).standard_normal((1000, width), np.float32)
 
 
@@ -129,7 +129,7 @@ def contender_step(name: str) -> Step:
 
 
 class JaxTable:
-    """A table that takes steps in JAX: jitted functions with parameters and state donated."""
+    """A table and its steps in JAX: jitted functions that donate parameters and state."""
 
     def __init__(self, name: str, case: Case) -> None:
         self.on_cpu = jax.default_backend() == "cpu"
@@ -140,13 +140,13 @@ class JaxTable:
         self.run = Runner(contender_step(name), params, tx, more_results=name in WHOLE_STEPS)
 
     def load(self, indices: np.ndarray, values: np.ndarray) -> int:
-        """Takes the batches; returns the bytes of a step's temporaries."""
+        """Puts the batches on the device and compiles; returns the temporaries' bytes."""
         ids, rows = ([jnp.asarray(x) for x in arrays] for arrays in (indices, values))
         return self.run.load([(x, rows[i % len(rows)]) for i, x in enumerate(ids)])
 
 
 class TorchTable:
-    """A table that takes steps in torch, with a sparse or a dense gradient."""
+    """A table and its steps in torch, with a sparse or a dense gradient."""
 
     def __init__(self, name: str, case: Case) -> None:
         import torch

@@ -22,8 +22,8 @@ from benchmarks.suite import Suite, progress, say, say_times
 from benchmarks.workers import WorkerPool
 
 CHAINS = ("adam", "clip + adam")
-# For workloads of many small leaves. adamjax can store these leaves end to end (`grouped`); the
-# other packages cannot.
+# For workloads of many small leaves, which adamjax can store end to end (`grouped`). The other
+# packages cannot.
 SMALL_LEAF_CHAINS = ("adam", "adam, grouped", "clip + adam, grouped")
 MANY_LEAVES = "500 leaves, 8.2M"
 PACKAGES = ("adamjax", "jax", "jaxlib", "optax", "keras", "torch")
@@ -31,7 +31,7 @@ IN_JAX = ("adamjax", "optax", "keras")
 
 # A sample takes as many steps as fit into SAMPLE_SECONDS, at most MOST_STEPS.
 SAMPLE_SECONDS, MOST_STEPS = 0.05, 100
-# Of device memory, for all contenders together: four contenders, six float32 arrays each.
+# Device memory for all contenders together: four contenders, six float32 arrays each.
 BYTES_PER_PARAMETER = 4 * 6 * 4
 
 Shapes = list[tuple[int, ...]]
@@ -63,7 +63,7 @@ def size(shapes: Shapes) -> int:
 
 
 def workloads(large: bool) -> dict[str, Workload]:
-    """What is measured, by name; large sizes are for an accelerator (the one leaf has 1 GiB)."""
+    """The workloads by name; large sizes are for an accelerator (the one leaf has 1 GiB)."""
     leaf = [(2**28 if large else 2**25,)]
     model = transformer(512, 25) if large else transformer()
     model_name = f"transformer, {len(model)} leaves, {size(model) / 1e6:.1f}M"
@@ -108,7 +108,7 @@ def random_arrays(shapes: Shapes, dtype: str, seed: int) -> list[Any]:
 
 
 def torch_runner(chain: str, shapes: Shapes, dtype: str) -> Callable[[int], None]:
-    """Takes so many steps of torch's fused Adam in place, and waits for them."""
+    """A function that takes some steps of torch's fused Adam in place, and waits for them."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,7 +136,7 @@ class Contender:
         self.name = name
 
     def prepare(self, chain: str, shapes: Shapes, dtype: str, least_steps: int) -> None:
-        """Makes the step, and takes a first sample, which does not count."""
+        """Makes the step, and takes a first sample, which is not counted."""
         if self.name == "torch":
             self.run: Callable[[int], None] = torch_runner(chain, shapes, dtype)
         else:

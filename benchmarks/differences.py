@@ -1,7 +1,7 @@
 """How the results of libraries differ: each takes the same few steps.
 
-A case is a few steps of one or two weights. Each package that is installed takes them with its
-own defaults, and the number that comes out goes into the first table of docs/coming-from.md.
+A case is a few steps of one or two weights. Each package takes them with its own defaults, and the
+resulting number goes into the first table of docs/coming-from.md.
 """
 
 import functools
@@ -21,11 +21,11 @@ from benchmarks.suite import Suite
 SYSTEMS = ("adamjax", "optax", "keras", "torch")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-# Returns a number, or says why there is none.
+# Returns a number, or a text if there is none.
 Run = Callable[[], float | str]
 
 
-def walk(
+def weights_of_steps(
     system: str, rule: str, gradients: list[float], start: float, dtype: str, **options: Any
 ) -> list[float]:
     """The weight before each step and after the last."""
@@ -61,27 +61,28 @@ def walk(
     return path
 
 
-def walks(
+def runs(
     gradients: list[float],
     *rules: str,
     rate: float = 1.0,
     read: Callable[[list[float]], float] = lambda path: abs(path[-1] - path[-2]),
     start: float = 0.0,
     dtype: str = "float32",
-    **of_others: Any,
+    **keras_torch_options: Any,
 ) -> dict[str, Run]:
-    """A number of the same steps in each of `SYSTEMS`; options of others are Keras' and torch's."""
+    """For each of `SYSTEMS`, a function that takes the same steps and returns a number of them."""
 
     def run(system: str, rule: str) -> float:
-        options = of_others if system in ("keras", "torch") else {}
-        return read(walk(system, rule, gradients, start, dtype, learning_rate=rate, **options))
+        options = keras_torch_options if system in ("keras", "torch") else {}
+        options = {"learning_rate": rate, **options}
+        return read(weights_of_steps(system, rule, gradients, start, dtype, **options))
 
     pairs = zip(SYSTEMS, rules, strict=True)
     return {system: functools.partial(run, system, rule) for system, rule in pairs}
 
 
 def adamjax_average() -> float:
-    """Weights 1, 0.9, 0.8: what an average of momentum 0.99 is then."""
+    """The average, with momentum 0.99, of a weight that goes 1, 0.9, 0.8."""
     tx, weight = adamjax.chain(adamjax.scale(-0.1), adamjax.weight_ema(0.99)), jnp.array(1.0)
     state = tx.init(weight)
     for _ in range(2):
@@ -115,7 +116,7 @@ def torch_average() -> float:
 
 
 def clipped(package: str, clip_by_value: str) -> float:
-    """The gradient (3, 4), clipped by value 3.5 and by global norm 1: its second number."""
+    """The gradient (3, 4), clipped by value 3.5 and by global norm 1: its second element."""
     rules, gradients = importlib.import_module(package), jnp.array([3.0, 4.0])
     tx = rules.chain(getattr(rules, clip_by_value)(3.5), rules.clip_by_global_norm(1.0))
     return float(tx.update(gradients, tx.init(gradients))[0][1])
@@ -142,7 +143,7 @@ def torch_clipped() -> float:
 
 
 def torch_sparse_row() -> float:
-    """A row with a gradient in the first of ten steps: SparseAdam's move of it in the others."""
+    """How far SparseAdam moves a row in nine steps after the one step with a gradient for it."""
     import torch
 
     table = torch.nn.Embedding(3, 1, sparse=True)
@@ -159,33 +160,33 @@ def torch_sparse_row() -> float:
 ADAM = ("adam", "adam", "Adam", "Adam")
 FADING, ONCE, ALWAYS = [1.0, *[0.1] * 9], [1.0, *[0.0] * 9], [1.0] * 100
 
-# key: the steps and the number that is shown, how adamjax computes what the others do, the runs
+# key: the steps and the number, how to get the others' result in adamjax, the runs
 CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
     "eps": (
         "Adam, rate 1, a gradient of 1e-8: size of the first step",
         "`adam(1.0, eps=1e-8)`",
-        walks([1e-8], *ADAM),
+        runs([1e-8], *ADAM),
     ),
     "amsgrad": (
         "AMSGrad, rate 1, a gradient of 1, then nine of 0.1: size of the tenth step",
         "not possible: optax takes the maximum of the corrected v",
-        walks(FADING, "amsgrad", "amsgrad", "Adam", "Adam", amsgrad=True),
+        runs(FADING, "amsgrad", "amsgrad", "Adam", "Adam", amsgrad=True),
     ),
     "adamax": (
         "Adamax, rate 1, a gradient of 1e-8: size of the first step",
         "`adamax(1.0, eps=1e-8)` is close: optax and torch add eps inside the maximum",
-        walks([1e-8], "adamax", "adamax", "Adamax", "Adamax"),
+        runs([1e-8], "adamax", "adamax", "Adamax", "Adamax"),
     ),
     "nadam": (
         "Nadam, rate 1, a gradient of 1: size of the first step",
         "not possible: optax has no momentum schedule. torch's `momentum_decay` is 0.004 by "
         "default; adamjax's schedule equals `momentum_decay=1` and cannot be changed",
-        walks([1.0], "nadam", "nadam", "Nadam", "NAdam"),
+        runs([1.0], "nadam", "nadam", "Nadam", "NAdam"),
     ),
     "weight decay": (
         "AdamW, its default decay, rate 1, a weight of 1, a gradient of 0: size of the first step",
         "set `weight_decay=`",
-        walks([0.0], "adamw", "adamw", "AdamW", "AdamW", start=1.0),
+        runs([0.0], "adamw", "adamw", "AdamW", "AdamW", start=1.0),
     ),
     "EMA start": (
         "a weight that goes 1, 0.9, 0.8: its average with momentum 0.99 at the end",
@@ -213,7 +214,7 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
         "Adam, rate 0.1, a row with a gradient only in the first of ten steps: its movement in the "
         "other nine (torch: SparseAdam)",
         '`rows="lazy"`',
-        walks(ONCE, *ADAM, rate=0.1, read=lambda path: abs(path[-1] - path[1]))
+        runs(ONCE, *ADAM, rate=0.1, read=lambda path: abs(path[-1] - path[1]))
         | {"torch": torch_sparse_row},
     ),
     "bfloat16": (
@@ -221,7 +222,7 @@ CASES: dict[str, tuple[str, str, dict[str, Run]]] = {
         "gradients of 1",
         "not possible: the others round moments to the nearest bfloat16. adamjax stores float32 "
         "moments, or rounds stochastically (`m_dtype=`). In this case torch's result is the same",
-        walks(ALWAYS, *ADAM, rate=1e-3, read=lambda path: path[-1], dtype="bfloat16"),
+        runs(ALWAYS, *ADAM, rate=1e-3, read=lambda path: path[-1], dtype="bfloat16"),
     ),
 }
 

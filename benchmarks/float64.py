@@ -1,13 +1,12 @@
 """The quality models in float64, exact and dense: is rounding all that makes them differ?
 
-In float32, runs of the same seed differ from each other: two dense Adams that round in other places
-do so as much as `exact_rows` and dense Adam (the suite `quality` shows both). Training multiplies
-the first difference, and ranks are all or nothing. In float64 the first difference is a billion
-times smaller. If rounding is the only cause, exact and dense have the same metrics there, seed by
-seed.
+In float32, runs of the same seed differ: `exact_rows` from dense Adam about as much as two dense
+Adams that round in different places (the suite `quality` shows both). Training amplifies the first
+rounding difference, until it changes a rank. In float64 that difference is 2^29 times smaller. If
+rounding is the only cause, exact and dense then have the same metrics, seed by seed.
 
-Each model is trained with the rate that the suite `quality` chose for dense. A rank metric is
-compared exactly; a loss up to `ROUNDING`.
+Each model is trained with the rate that the suite `quality` chose for dense. A metric of ranks
+must be equal; a loss may differ by `ROUNDING`.
 
 Two controls show what rounding does without any row that lags behind: adamjax's dense Adam, and
 optax's from initial weights of which about half are replaced by the next larger float. Their
@@ -26,7 +25,7 @@ from benchmarks.measure import RESULTS
 from benchmarks.suite import Suite, progress
 from benchmarks.train.options import UserError
 
-# The relative difference of a loss that rounding may make, after training has multiplied it.
+# The largest relative difference of a loss that counts as rounding, amplified by training.
 ROUNDING = 1e-9
 REFERENCE = "dense"
 ONE_ULP_OFF = "dense, one ulp off"
@@ -43,9 +42,11 @@ def rates(path: Path) -> dict[str, float]:
 
 
 def compared(own: list[float], dense: list[float], allowed: float) -> dict[str, float]:
-    """The largest relative difference of a metric from dense's, and the share of epochs without.
+    """How far a metric is from dense's, over all epochs of all seeds.
 
-    The values are of all epochs of all seeds; a difference counts if it is above `allowed`.
+    Returns:
+      "largest", the largest relative difference, and "same", the share of epochs in which it is at
+      most `allowed`.
     """
     relative = [abs(x - y) / max(abs(y), 1e-300) for x, y in zip(own, dense, strict=True)]
     same = sum(x <= allowed for x in relative) / len(relative)
@@ -53,12 +54,12 @@ def compared(own: list[float], dense: list[float], allowed: float) -> dict[str, 
 
 
 def one_ulp_off(start: Any, seed: int) -> Any:
-    """Parameters of which about half are the next larger float."""
+    """The parameters, about half of them replaced by the next larger float."""
     rng = np.random.default_rng(seed)
 
     def next_larger(x: Any) -> Any:
-        is_moved = rng.random(x.shape) < 0.5
-        return jax.numpy.asarray(np.where(is_moved, np.nextafter(x, np.inf), x))
+        is_replaced = rng.random(x.shape) < 0.5
+        return jax.numpy.asarray(np.where(is_replaced, np.nextafter(x, np.inf), x))
 
     return jax.tree.map(next_larger, start)
 

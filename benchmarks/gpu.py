@@ -1,11 +1,15 @@
 """What the GPU's compiler reports for steps, without a GPU: counts and bytes, never times.
 
-We read from a compiled step the kernels that it launches, each of which costs microseconds, however
-little it does; the round trips, at which the GPU waits until the host has seen a number; the bytes
-between the GPU and its memory; the temporaries; and the instructions that copy an array of a
-table's size. An instruction on rows of a table counts with the bytes of these rows. If it joins
-rows of several tables, its bytes are not counted, because it does not say how much it takes from
-each.
+We read five things from a compiled step:
+
+- The kernels that it launches. Each costs microseconds, however little it does.
+- The round trips, at which the GPU waits until the host has read a number.
+- The bytes that move between the GPU and its memory.
+- The temporaries.
+- The instructions that copy an array of a table's size.
+
+An instruction on rows of a table counts with the bytes of these rows. If it joins rows of several
+tables, its bytes are not counted, because it does not show how many it moves from each.
 """
 
 import functools
@@ -18,7 +22,7 @@ from benchmarks.dense import size, workloads
 from benchmarks.programs import many_tables, table_cases
 
 DEVICE = "NVIDIA H100 80GB HBM3"
-# The properties of an H100 (SXM), as XLA asks for them.
+# The properties of an H100 (SXM), in XLA's format.
 H100 = f"""
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 }}
@@ -51,21 +55,21 @@ def groups(quick: bool) -> list[Group]:
     shapes_of = {name: shapes for name, (shapes, *_) in workloads(large=True).items()}
     if quick:
         shapes_of = {"one leaf, 65k": [(2**16,)]}
-    found: list[Group] = []
+    all_groups: list[Group] = []
     for workload, shapes in shapes_of.items():
         chains = [x for start, x in CHAINS.items() if workload.startswith(start)]
         for chain in chains[0] if chains and "bfloat16" not in workload else ():
-            # optax has nothing that joins leaves.
+            # optax cannot join leaves.
             by_package = {"adamjax": chain, "optax": chain.removesuffix(", grouped")}
             steps = {name: ("dense", name, own, shapes) for name, own in by_package.items()}
             about = {"workload": workload, "chain": chain, "size": size(shapes)}
-            found.append(("dense", about, steps))
+            all_groups.append(("dense", about, steps))
     for num_rows, width in QUICK_TABLES if quick else TABLES:
         cases = table_cases(num_rows, width, quick)
-        cases.pop("exact_rows, packed", None)  # which is for TPUs
-        found.append(("rows", {"rows": num_rows, "width": width}, cases))
+        cases.pop("exact_rows, packed", None)  # packing is for TPUs
+        all_groups.append(("rows", {"rows": num_rows, "width": width}, cases))
     num_rows, width, cases = many_tables(quick)
-    return [*found, ("rows", {"rows": num_rows, "width": width}, cases)]
+    return [*all_groups, ("rows", {"rows": num_rows, "width": width}, cases)]
 
 
 COMPILER = Compiler(

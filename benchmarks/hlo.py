@@ -43,8 +43,8 @@ def _attribute(rest: str, names: str) -> str | None:
 def launches(text: str) -> tuple[int, int]:
     """The kernels that a program launches on a GPU, and how often it waits for the host.
 
-    If the compiler knows how many turns a loop takes, its kernels count in each turn. At any other
-    loop, and at a branch, the program waits once for the host; what is inside is not counted.
+    If the compiler knows the number of a loop's iterations, its kernels count in each. Any other
+    loop, and a branch, counts as one wait for the host; the kernels inside are not counted.
     """
     bodies = computations(text)
 
@@ -53,13 +53,13 @@ def launches(text: str) -> tuple[int, int]:
         for _, _, opcode, rest in instructions(body):
             if opcode in _FREE or opcode.endswith("-done"):
                 continue
-            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+            trip_count = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
             called = _attribute(rest, "body|to_apply")
-            if called and (opcode == "call" or (opcode == "while" and known)):
-                turns = int(known[1]) if known else 1
+            if called and (opcode == "call" or (opcode == "while" and trip_count)):
+                iterations = int(trip_count[1]) if trip_count else 1
                 inner_kernels, inner_waits = count(bodies[called])
-                kernels += turns * inner_kernels
-                waits += turns * inner_waits
+                kernels += iterations * inner_kernels
+                waits += iterations * inner_waits
             elif opcode in ("while", "conditional"):
                 waits += 1
             else:
@@ -91,14 +91,14 @@ def padded_arrays(hlo_type: str) -> list[tuple[int, int]]:
     return arrays
 
 
-def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
+def traffic(text: str, iterations: int = 0, large: float = math.inf) -> int:
     """The bytes that a program's entry reads from the large memory and writes to it.
 
     An instruction counts as reading and writing the whole of its arrays. But one that reads or
     writes rows touches only some rows of its largest array, so that array counts with the size of
-    the second largest. A loop over blocks of rows, which is one that carries an array of at least
-    `large` bytes, counts `turns` times. Other loops and branches, which search among indices, do
-    not count.
+    the second largest. A loop that carries an array of at least `large` bytes works on blocks of
+    rows, and counts `iterations` times. Other loops and branches search among indices, and do not
+    count.
     """
     bodies = computations(text)
     calls = {name: set(re.findall(r"calls=%?([\w.-]+)", body)) for name, body in bodies.items()}
@@ -107,7 +107,7 @@ def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
     while more := {name for name, called in calls.items() if called & by_rows} - by_rows:
         by_rows |= more
 
-    def moved(body: str, turns: int) -> int:
+    def moved(body: str, iterations: int) -> int:
         arrays: dict[str, list[tuple[int, int]]] = {}
         total = 0
         for name, hlo_type, opcode, rest in instructions(body):
@@ -115,11 +115,12 @@ def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
             operands = re.findall(r"%([\w.-]+)", rest.partition("), ")[0])
             if opcode == "get-tuple-element":
                 arrays[name] = [arrays[operands[0]][int(_attribute(rest, "index") or 0)]]
-            if opcode == "while" and turns and max((n for n, _ in results), default=0) >= large:
-                total += turns * moved(bodies[_attribute(rest, "body") or ""], 0)
+            largest_result = max((n for n, _ in results), default=0)
+            if opcode == "while" and iterations and largest_result >= large:
+                total += iterations * moved(bodies[_attribute(rest, "body") or ""], 0)
             if opcode in _FREE or opcode in ("while", "conditional"):
                 continue
-            # What ends a copy is counted where the copy starts; a bitcast moves nothing.
+            # A copy counts where it starts, not where it ends; a bitcast moves nothing.
             if opcode.endswith("-done") or "ConcatBitcast" in rest:
                 continue
             if opcode in ("copy-start", "slice-start"):
@@ -136,7 +137,7 @@ def traffic(text: str, turns: int = 0, large: float = math.inf) -> int:
             total += sum(n for n, memory in used if memory == 0)
         return total
 
-    return moved(entry(text), turns)
+    return moved(entry(text), iterations)
 
 
 def large_results(text: str, least: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What every suite measures with: medians and ratios, the memory's bandwidth, where it ran.
+"""Shared by the suites: times, medians and ratios, the memory's bandwidth, where a suite ran.
 
 Importing this module does not import JAX: a process that starts workers must not take a device
 that only one process at a time can use.
@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-# In each round, a sample of each contender by its name: seconds.
+# For each round, the seconds of each contender by its name.
 Rounds = Sequence[dict[str, float]]
 
 
@@ -40,7 +40,7 @@ def seconds_per_step(
 ) -> float:
     """The mean time of a step, over as many steps as take about `seconds` together.
 
-    Their number is estimated from one step before them, which is not counted.
+    Their number is estimated from a first step, which is not counted.
     """
     first = timed(lambda: run(1))
     steps = max(least, min(most, round(seconds / first)))
@@ -88,7 +88,7 @@ def bandwidth_samples(elements: int = 2**27, samples: int = 15) -> list[float]:
     import jax.numpy as jnp
 
     scale = jax.jit(lambda x, factor: x * factor, donate_argnums=0)
-    # An argument, as XLA would remove a multiplication by a constant 1.
+    # The factor is an argument, as XLA would remove a multiplication by a constant 1.
     array, one = jnp.zeros(elements, jnp.float32), jnp.float32(1)
 
     def run(passes: int) -> None:
@@ -104,10 +104,10 @@ def bandwidth_samples(elements: int = 2**27, samples: int = 15) -> list[float]:
 def fraction_of_limit(
     least_bytes: float, ms: dict[str, float], bandwidth: dict[str, float]
 ) -> dict[str, float]:
-    """The share of the limit that a step reaches: 1 where it takes as long as its bytes need.
+    """The time to move the least bytes at the median bandwidth, divided by a step's time.
 
-    It can be above 1 where arrays stay in a cache from one step to the next. The least bytes are
-    those that any such step must move; the median bandwidth, in bytes a second, sets the limit.
+    It is above 1 if arrays stay in a cache from one step to the next. The least bytes are those
+    that any such step must move; the bandwidth is in bytes a second.
     """
     limit = 1e3 * least_bytes / bandwidth["median"]
     # A longer time is a smaller fraction, so the quartiles change places.
@@ -117,11 +117,11 @@ def fraction_of_limit(
 
 @dataclass(frozen=True)
 class Device:
-    """What JAX finds here."""
+    """The device that JAX finds."""
 
-    platform: str = "cpu"  # or "gpu", "tpu" or another
+    platform: str = "cpu"  # or "gpu", "tpu" ...
     memory: int | None = None  # the device's own bytes; `None` on a CPU, or if JAX does not know
-    torch: bool = True  # whether torch is installed and runs on the device, so is a contender
+    torch: bool = True  # whether torch is installed and runs on the device
     bandwidth: Sequence[float] = ()  # samples in bytes a second
 
     @property
@@ -131,21 +131,21 @@ class Device:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of processes that share it."""
+        """The environment variables of processes that share it."""
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.platform == "cpu" else {}
         return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **hidden}
 
     def add_bandwidth(self, results: dict[str, Any]) -> None:
-        """Puts the bandwidth into results; unless the run is quick, it is measured once more."""
+        """Adds the bandwidth to results; unless the run is quick, it is measured once more."""
         after = () if results["quick"] else device().bandwidth
         results["bandwidth"] = spread([*self.bandwidth, *after])
 
 
 def device(quick: bool = False) -> Device:
-    """Asks a process of its own what JAX finds, and lets it measure the bandwidth.
+    """The device that JAX finds, and its bandwidth, measured in a process of its own.
 
     When that process ends, it frees the device: only one process at a time can use a TPU, and the
-    first to use a GPU may take all its memory.
+    first to use a GPU may allocate all its memory.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_this_device, quick).result()
@@ -186,7 +186,7 @@ def commit(root: Path = ROOT) -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return None  # this project was copied into another, whose checkout it is
+            return None  # the checkout is another project's, into which this one was copied
         changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -198,7 +198,7 @@ def installed(*modules: str) -> list[str]:
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Where and with what a suite ran; packages that are not installed are left out."""
+    """The device, commit and date of a run, and the versions of the packages that are installed."""
     import jax
 
     first, versions = jax.devices()[0], {}
@@ -217,7 +217,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    """Writes results as JSON for line-by-line diffs: a field a line, but small objects on one."""
+    """Writes results as JSON for line-by-line diffs: a field a line, a small object on one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1)
     text = re.sub(r"\{\s+([^{}]{,120})\s+\}", lambda m: f"{{{' '.join(m[1].split())}}}", text)

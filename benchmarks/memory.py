@@ -1,8 +1,8 @@
 """The memory of a step besides parameters and gradients: the state's bytes, and temporaries.
 
 The compiler reports them for a donated step; nothing is allocated and nothing runs. The steps are
-the dense chains on the dense suite's workloads, and train steps on a table in every mode: a loss
-reads some rows, is differentiated, and the optimizer takes its step.
+the dense chains on the dense suite's workloads, and train steps on a table in every mode. A
+train step reads some rows, differentiates a loss and applies the optimizer.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from benchmarks.programs import program
 from benchmarks.steps import abstract_state, count_bytes, table_mode
 from benchmarks.suite import Suite
 
-# The modes of a table: their names in docs/tables.md, and their names in `table_mode`.
+# The modes of a table, as docs/tables.md names them: their names in `table_mode`.
 MODES = {
     "dense gradient": "dense gradient",
     'rows="dense"': "dense",
@@ -24,7 +24,7 @@ MODES = {
     "exact_rows": "exact",
 }
 
-# Rows, columns, indices of a step.
+# The rows and columns of the table, and the indices that a step reads.
 TABLE = (1_000_000, 64, 8192)
 QUICK_TABLE = (4000, 8, 64)
 

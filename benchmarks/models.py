@@ -1,11 +1,10 @@
-"""Four whole models that read tables: what a train step costs with row gradients and without.
+"""The train steps of four whole models with tables: what they cost with row gradients and without.
 
-Each contender takes whole train steps on the models of `networks`, jitted and donated, in turn with
-the others: the dense gradients that JAX gives, with adamjax and with optax; row gradients of the
-same loss, lazy and exact; and a step with the tables frozen, which is what the rest of the model
-costs. Two more things are measured: the time to trace the row gradients, as a multiple of the time
-that `jax.value_and_grad` takes; and a step of 26 tables as a program, its lines and the time to
-compile it, beside a step of a single table.
+Contenders take turns with jitted, donated train steps on the models of `networks`: with JAX's dense
+gradients, in adamjax and in optax; with row gradients of the same loss, lazy and exact; and with
+frozen tables, which shows the cost of the rest of the model. Two more comparisons: the time to
+trace row gradients with that of `jax.value_and_grad`, and the lines and the compile time of a step
+on 26 tables with those of a step on one.
 """
 
 import gc
@@ -70,8 +69,8 @@ def trainer(name: str, model: Any) -> Step:
     if name == "optax":
         import optax
 
-        pair = optax.adamw(RATE, weight_decay=DECAY)
-        return Step(pair.init, steps.optax_train_step(model.loss, pair))
+        adamw = optax.adamw(RATE, weight_decay=DECAY)
+        return Step(adamw.init, steps.optax_train_step(model.loss, adamw))
     tx, tables = optimizer(name, model)
     return Step(tx.init, adamjax.train_step(model.loss, tx, tables=tables))
 
@@ -84,18 +83,18 @@ class Contender:
         self.run: Any = None
 
     def program(self, model: Any) -> dict[str, Any]:
-        """The lines of a step's program, and the seconds of each part of compiling it.
+        """The lines of a step's program, and the seconds of each of `PARTS` with empty caches.
 
-        No cache has any of it. The compiler chooses the layout of the tables.
+        The compiler chooses the layout of the tables.
         """
         init, step = trainer(self.name, model)
         params = jax.eval_shape(model.init, jax.random.key(0))
-        given = params, jax.eval_shape(init, params), model.batch(0)
-        seconds, lowered = compile_seconds(jax.jit(step, donate_argnums=(0, 1)), *given)
+        arguments = params, jax.eval_shape(init, params), model.batch(0)
+        seconds, lowered = compile_seconds(jax.jit(step, donate_argnums=(0, 1)), *arguments)
         return {**seconds, "lines": len(lowered.as_text().splitlines())}
 
     def prepare(self, model: Any) -> dict[str, float]:
-        """Compiles and warms up; returns the bytes of a step's temporaries and the loss then."""
+        """Compiles and warms up; returns the temporaries' bytes, the loss and the size."""
         self.run = None
         gc.collect()
         # JAX's default generator takes long to compile.
@@ -122,7 +121,7 @@ def measure_steps(
     rounds: list[dict[str, float]] = []
     for _ in range(args.sittings):
         with WorkerPool("models", names, device) as pool:
-            about, samples = pool.measure(names, (model,), args.rounds)
+            prepared, samples = pool.measure(names, (model,), args.rounds)
             rounds += samples
             failed |= pool.failed
     measured = measure.names_in_every_round(rounds, names)
@@ -135,13 +134,13 @@ def measure_steps(
         added = [{n: x[n] - x["frozen"] for n in others} for x in rounds]
         tables_ms = measure.times(added, others)
     return {
-        # The workers have counted them: if JAX ran here too, it would take the device from them.
-        "parameters": max((x["parameters"] for x in about.values()), default=0),
+        # Counted by the workers: JAX in this process would take the device from them.
+        "parameters": max((x["parameters"] for x in prepared.values()), default=0),
         "ms": measure.times(rounds, measured),
         "ratio": ratio,
         "tables_ms": tables_ms,
-        "temporary_bytes": {n: about[n]["temporary_bytes"] for n in measured},
-        "loss": {n: about[n]["loss"] for n in measured},
+        "temporary_bytes": {n: prepared[n]["temporary_bytes"] for n in measured},
+        "loss": {n: prepared[n]["loss"] for n in measured},
         "failed": failed,
     }
 
@@ -149,9 +148,9 @@ def measure_steps(
 def measure_programs(
     model: Clicks, names: Sequence[str], args: Any, device: measure.Device
 ) -> list[dict[str, Any]]:
-    """The steps of many tables and of one as programs.
+    """The programs of a step on many tables and of a step on one.
 
-    One contender after another: to compile takes all cores.
+    Contenders compile one after another, as a compilation uses all cores.
     """
     models = {MANY: model, ONE: replace(model, count=1)}
     programs_by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -170,7 +169,7 @@ def measure_programs(
             "s": measure.times(programs, PARTS, scale=1),
         }
         for (label, name), programs in programs_by_case.items()
-        # A contender that has failed in some round is left out.
+        # A contender that failed in some round is left out.
         if len(programs) == rounds
     ]
 
@@ -191,13 +190,13 @@ def bounds(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def tracing_seconds(model: Any, name: str, cold: bool = False) -> float:
     """Seconds to trace value and gradient ("jax") or row gradient ("rows") of a model's loss.
 
-    The loss is in no cache. If cold, all caches of JAX are empty, as in a new process; otherwise
-    they have JAX's own functions.
+    The loss is not in JAX's caches. If cold, they are empty, as in a new process; otherwise they
+    have JAX's own functions.
     """
     params = jax.eval_shape(model.init, jax.random.key(0))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.batch(0))
 
-    def loss(params: Params, batch: Any) -> jax.Array:  # a new function, so that no cache has it
+    def loss(params: Params, batch: Any) -> jax.Array:  # a new function, so it is not cached
         return model.loss(params, batch)
 
     if name == "jax":
@@ -215,7 +214,7 @@ def measure_tracing(models: Mapping[str, Any], rounds: int) -> list[dict[str, An
     """The times to trace row gradients and those of `jax.value_and_grad`, and their ratio."""
     table = []
     for (label, model), cold in itertools.product(models.items(), (False, True)):
-        # Who goes first changes; the first two rounds are not counted.
+        # The order alternates; the first two rounds are not counted.
         orders = itertools.islice(itertools.cycle((("jax", "rows"), ("rows", "jax"))), rounds + 2)
         seconds = [{name: tracing_seconds(model, name, cold) for name in order} for order in orders]
         row = {"model": label, "caches": "empty" if cold else "warm", "rounds": rounds}

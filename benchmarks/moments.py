@@ -1,4 +1,4 @@
-"""Adam's moments in few bits against the recurrence in float64: what errors they have.
+"""The errors of Adam's moments in few bits, compared with the recurrence in float64.
 
 Adam runs on gradients of several kinds and magnitudes, with moments in a format and in float64.
 """
@@ -18,11 +18,11 @@ B1, B2 = 0.9, 0.999
 KINDS = ("constant", "decaying", "sparse", "heavy-tailed")
 SCALES = (1e-9, 1.0, 1e4)
 COMPARE_EVERY = 10  # steps
-FLOAT32_ERROR = 1e-5  # of float32 itself, relative to a moment, in 20,000 steps
+FLOAT32_ERROR = 1e-5  # the mean error of float32 itself, relative to a moment, in 20,000 steps
 
 
 def gradients(kind: str, steps: int, elements: int) -> np.ndarray:
-    """float32[steps, elements], each element with gradients of its own size."""
+    """float32[steps, elements], each element with gradients of its own magnitude."""
     rng = np.random.default_rng(0)
     sizes = np.exp(rng.normal(size=elements)) * rng.choice([-1, 1], elements)
     factors = {
@@ -36,7 +36,7 @@ def gradients(kind: str, steps: int, elements: int) -> np.ndarray:
 
 @functools.cache
 def trajectory(form: str) -> Callable[[np.ndarray], tuple[jax.Array, ...]]:
-    """A function from gradients to m, v and the update at each compared step, in a format."""
+    """A function from gradients to m, v and the update at each compared step, for a format."""
     tx = adamjax.scale_by_adam(B1, B2, eps_hat=1e-17, m_dtype=form, v_dtype=form)
 
     def step(carry: Any, g: jax.Array) -> tuple[Any, None]:

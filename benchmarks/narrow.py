@@ -1,10 +1,10 @@
 """Moments and weights in few bits: do they stay right, and does training end where float32 does?
 
-First the moments. Steps with gradients of several kinds and magnitudes are compared with the
-recurrence in float64: at every tenth step, the mean error of m and v over all elements is compared
-with its standard error, and the size of the updates' error is measured.
+Moments: steps with gradients of several kinds and magnitudes are compared with the recurrence in
+float64. At every tenth step, the mean error of m and v over all elements is compared with its
+standard error, and the mean absolute error of the updates is measured.
 
-Then training. Two models, that of `benchmarks.train` and the transformer of the suite `models`, are
+Training: two models, that of `benchmarks.train` and the transformer of the suite `models`, are
 trained in each format from the same seeds. The criterion was fixed before the runs: a format
 is as good as float32 if the mean difference of the held-out loss, paired by seed, is at most
 `MARGIN` of what float32 learns, or at most the spread of float32's own seeds if that is larger. The
@@ -40,9 +40,9 @@ class Format:
     """How weights and moments are stored."""
 
     weights: str = "float32"  # the parameters' dtype
-    moments: str | None = None  # their format, as a rule takes it
+    moments: str | None = None  # their format, a rule's `m_dtype` and `v_dtype`
     master: bool = False  # whether the state has the weights in float32
-    rounding: Any = "nearest"  # how weights are rounded, as `train_step` takes it
+    rounding: Any = "nearest"  # of the weights, an argument of `train_step`
 
 
 FORMATS = {
@@ -80,7 +80,7 @@ def next_words(quick: bool) -> Task:
 
     def held_out_loss(params: Any) -> float:
         loss = model.held_out_loss(params, held_out, is_given_up=lambda: False)
-        return float(loss or 0)  # `None` only if the evaluation is given up: never here
+        return float(loss or 0)  # never `None`, as the evaluation is not given up
 
     return Task(
         lambda seed: job.initial(dataclasses.replace(config, seed=seed), text),
@@ -96,7 +96,7 @@ def transformer(quick: bool) -> Task:
     """The transformer of the suite `models`, on its own data."""
     network = Transformer(1000, width=16, length=16, examples=4) if quick else Transformer()
     jitted_loss = jax.jit(network.loss)
-    # Each seed trains on batches of its own. These numbers are beyond those of every seed.
+    # Seeds train on batches 0 to 99,999, 100,000 to 199,999 and so on: none has these numbers.
     held_out = [network.batch(10_000_000 + i) for i in range(2 if quick else 64)]
     return Task(
         lambda seed: jax.jit(network.init)(jax.random.key(seed, impl="rbg")),
@@ -163,7 +163,7 @@ def compared(losses: dict[str, list[float]], before: float) -> dict[str, Any]:
 
 
 def moment_errors(kind: str, scale: float, steps: int, elements: int) -> list[dict[str, Any]]:
-    """For each format, how its moments differ from float64: gradients of one kind and magnitude."""
+    """The errors of the moments in each format, for gradients of one kind and magnitude."""
     g = moments.gradients(kind, steps, elements) * np.float32(scale)
     expected = moments.reference(g)
     return [

@@ -1,8 +1,8 @@
 """Four models that read tables and were not written for row gradients.
 
 Each has `init(key)`, `loss(params, batch)`, `batch(step)`, which makes the same data in every run,
-and `tables`, the names of the parameters that are tables. Ids follow Zipf's law, and a hidden truth
-about each decides the labels, so that there is something to learn.
+and `tables`, the names of the parameters that are tables. Ids follow Zipf's law, and a hidden
+property of each decides the labels, so that there is something to learn.
 """
 
 import functools
@@ -30,7 +30,7 @@ def zipf_sums(num_ids: int, exponent: float) -> np.ndarray:
 
 
 def draw_ids(rng: np.random.Generator, sums: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """int32 ids in `[0, len(sums))`; `sums` are cumulative weights. Frequent ids are scattered."""
+    """int32 ids in `[0, len(sums))`; `sums` are cumulative weights. Frequent ids are spread out."""
     ranks = np.searchsorted(sums, rng.random(shape) * sums[-1])
     # A prime, so this is a permutation.
     return (ranks * 7_368_787 % len(sums)).astype(np.int32)
@@ -44,19 +44,19 @@ def _zipf(rng: np.random.Generator, num_ids: int, shape: tuple[int, ...]) -> np.
 
 
 def _hash(ids: np.ndarray, salt: int) -> np.ndarray:
-    """uint32 whose bits look random: the hidden truth about each id."""
+    """uint32 whose bits look random: the hidden properties of each id."""
     x = (ids.astype(np.uint64) * 0x9E3779B1 + salt * 0x85EBCA77) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
     return ((x ^ (x >> 12)) * 0x297A2D39 & 0xFFFFFFFF).astype(np.uint32)
 
 
 def _effect(ids: np.ndarray, salt: int) -> np.ndarray:
-    """What an id adds to the truth: uniform in [-1, 1)."""
+    """What an id adds to the logit of the label: uniform in [-1, 1)."""
     return _hash(ids, salt) / 2.0**31 - 1
 
 
-def _clicked(rng: np.random.Generator, truth: np.ndarray) -> np.ndarray:
-    return (rng.random(len(truth)) < 1 / (1 + np.exp(-truth))).astype(np.float32)
+def _clicked(rng: np.random.Generator, logits: np.ndarray) -> np.ndarray:
+    return (rng.random(len(logits)) < 1 / (1 + np.exp(-logits))).astype(np.float32)
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class DLRM:
 
     def loss(self, params: Params, batch: Any) -> jax.Array:
         seen, query, *others = params["tables"]
-        # A short bag is filled up with an id that is no row.
+        # A short bag is padded with an id beyond the last row.
         bags = [jnp.take(seen, batch["seen"], axis=0, mode="fill", fill_value=0).sum(1)]
         present = batch["present"][..., None]
         bags.append((query[batch["query"]] * present).sum(1) / present.sum(1))
@@ -140,21 +140,21 @@ class DLRM:
     def batch(self, step: int) -> Batch:
         rng = np.random.default_rng((1, step))
         seen, query, *others = self.rows
-        many = (self.examples, self.bag)
+        bags = (self.examples, self.bag)
         lengths = rng.integers(1, self.bag + 1, (2, self.examples, 1))
         present = np.arange(self.bag) < lengths
         batch = {
-            "seen": np.where(present[0], _zipf(rng, seen, many), seen).astype(np.int32),
-            "query": np.where(present[1], _zipf(rng, query, many), 0).astype(np.int32),
+            "seen": np.where(present[0], _zipf(rng, seen, bags), seen).astype(np.int32),
+            "query": np.where(present[1], _zipf(rng, query, bags), 0).astype(np.int32),
             "present": present[1].astype(np.float32),
             "ids": np.stack([_zipf(rng, n, (self.examples,)) for n in others], axis=1),
             "numbers": rng.standard_normal((self.examples, self.numbers), np.float32),
         }
-        truth = batch["numbers"][:, 0] - batch["numbers"][:, 1]
-        truth += (_effect(batch["seen"], 0) * present[0]).sum(1)
-        truth += 2 * (_effect(batch["query"], 1) * present[1]).mean(1)
-        truth += sum(2 * _effect(ids, i + 2) for i, ids in enumerate(batch["ids"].T))
-        return batch | {"clicked": _clicked(rng, truth)}
+        logits = batch["numbers"][:, 0] - batch["numbers"][:, 1]
+        logits += (_effect(batch["seen"], 0) * present[0]).sum(1)
+        logits += 2 * (_effect(batch["query"], 1) * present[1]).mean(1)
+        logits += sum(2 * _effect(ids, i + 2) for i, ids in enumerate(batch["ids"].T))
+        return batch | {"clicked": _clicked(rng, logits)}
 
 
 @dataclass(frozen=True)
@@ -188,14 +188,15 @@ class TwoTower:
         user = _apply_mlp(params["user_tower"], user)
         item = _apply_mlp(params["item_tower"], params["items"][batch["item"]])
         user, item = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (user, item))
-        # The other items of a batch are frequent ones too often, which this corrects.
+        # Frequent items are wrong answers more often than others, which this corrects.
         logits = 10 * user @ item.T - batch["log_frequency"]
         return (jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits)).mean()
 
     def batch(self, step: int) -> Batch:
         """A user likes one of 16 kinds of items.
 
-        For each item that a user takes, 48 are drawn: the first that the user likes is taken.
+        For each item of a user, 48 are drawn. It is the first that the user likes, if there is one,
+        else the first.
         """
         rng = np.random.default_rng((2, step))
         user = _zipf(rng, self.users, (self.examples,))
@@ -232,7 +233,7 @@ class Transformer:
 
         def layer(keys: Sequence[jax.Array]) -> Params:
             # No bias here: that of the keys would not change the softmax, so its gradient would be
-            # nothing but rounding errors, which Adam scales up.
+            # only rounding errors, which Adam scales up.
             qkv_kernel = jax.random.normal(keys[0], (d, 3 * d)) / math.sqrt(d)
             hidden, out = _dense(keys[2], d, 4 * d), _dense(keys[3], 4 * d, d)
             return {
@@ -271,7 +272,7 @@ class Transformer:
         return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
 
     def batch(self, step: int) -> Batch:
-        """Three times in four a token is the one that its predecessor prefers."""
+        """With probability 3/4 a token is the preferred successor of the token before it."""
         rng, shape = np.random.default_rng((3, step)), (self.length + 1, self.examples)
         drawn, follows = _zipf(rng, self.tokens, shape), rng.random(shape) < 0.75
         prefers = _preferred(self.tokens)
@@ -282,7 +283,7 @@ class Transformer:
 
 @functools.cache
 def _preferred(tokens: int) -> np.ndarray:
-    """For each token the one that follows: frequent ones follow often."""
+    """The preferred successor of each token; frequent tokens are preferred often."""
     return _zipf(np.random.default_rng(0), tokens, (tokens,))
 
 
@@ -312,5 +313,5 @@ class Clicks:
     def batch(self, step: int) -> Batch:
         rng = np.random.default_rng((4, step))
         ids = np.stack([_zipf(rng, self.rows, (self.examples,)) for _ in range(self.count)], axis=1)
-        truth = sum(2 * _effect(column, i) for i, column in enumerate(ids.T))
-        return {"ids": ids, "clicked": _clicked(rng, np.asarray(truth))}
+        logits = sum(2 * _effect(column, i) for i, column in enumerate(ids.T))
+        return {"ids": ids, "clicked": _clicked(rng, np.asarray(logits))}

@@ -7,9 +7,9 @@ from typing import Any
 from benchmarks.contenders import short
 from benchmarks.tables import main_rows
 
-# What a plot shows, by the end of its file's name.
+# The caption of each plot. The plot's file is report-NAME.png.
 CAPTIONS = {
-    "limit": "The speed of steps as a fraction of the fastest that the memory's bandwidth allows. "
+    "limit": "The speed of steps as a fraction of the highest that the memory's bandwidth allows. "
     "Above 1, arrays stay in a cache from one step to the next.",
     "rows": "The time of one Adam step, by the number of rows of the table. If a line is flat, the "
     "time does not depend on the rows that are not read.",
@@ -47,8 +47,8 @@ def limit(results: Mapping[str, Any]) -> Any:
     axes = figure.subplots()
     for i, (_, fraction, colour) in enumerate(bars[::-1]):
         median = fraction["median"]
-        around = [[median - fraction["q25"]], [fraction["q75"] - median]]
-        axes.barh(i, median, color=colour, alpha=0.75, xerr=around, capsize=2)
+        errors = [[median - fraction["q25"]], [fraction["q75"] - median]]
+        axes.barh(i, median, color=colour, alpha=0.75, xerr=errors, capsize=2)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(bars)), [label for label, _, _ in bars[::-1]])
     axes.set_xlabel("fraction of the bandwidth's limit")
@@ -72,10 +72,10 @@ def rows(results: Mapping[str, Any]) -> Any:
     for kind, axes in zip(kinds, panels, strict=True):
         kind_cases = [case for case in cases if case["indices"] == kind]
         kind_cases.sort(key=lambda case: case["rows"])
-        for name, (_, colour, marker, thick) in LINES.items():
+        for name, (_, colour, marker, width) in LINES.items():
             points = [(c["rows"], c["ms"][name]["median"]) for c in kind_cases if name in c["ms"]]
             if points:
-                style = {"color": colour, "marker": marker, "linewidth": thick}
+                style = {"color": colour, "marker": marker, "linewidth": width}
                 (handles[name],) = axes.plot(*zip(*points, strict=True), **style)
         axes.set(xscale="log", yscale="log", title=f"{main['reads']:,} indices, {kind}")
         sizes = [case["rows"] for case in kind_cases]
@@ -94,7 +94,7 @@ def rows(results: Mapping[str, Any]) -> Any:
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[str]:
-    """Writes the plots of which there are results; returns the names of their files."""
+    """Writes the plots that the results have data for; returns the names of their files."""
     drawn = []
     for name, plot in (("limit", limit), ("rows", rows)):
         if (figure := plot(results)) is not None:

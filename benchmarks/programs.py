@@ -1,6 +1,6 @@
 """Steps as programs to compile, also for a device that the machine lacks.
 
-A case says what the step is:
+A case describes a step:
 - `("dense", package, chain, shapes)`: see `steps.chain_step`; ", bfloat16" sets the dtype;
 - `("rows", kind, width, num_rows, num_ids=8192)`: a step on a table;
 - `("tables", kind, width, num_rows, num_ids, count)`: a train step on several of one size.
@@ -17,12 +17,12 @@ from adamjax import blocks
 from benchmarks import steps
 
 Case = Sequence[Any]
-# The jitted function of a case, and what to call it with.
+# The jitted function of a case, and its arguments.
 Program = tuple[Any, tuple[Any, ...]]
 
 # Indices of a step.
 NUM_IDS = 8192
-# Train steps on a table of which a loss reads rows, and their modes, as in `steps.table_mode`.
+# Train steps on a table of which a loss reads rows: their modes in `steps.table_mode`.
 ROWS = {
     "dense gradient, optax": "optax",
     "dense gradient": "dense gradient",
@@ -35,7 +35,7 @@ ROWS = {
 
 def table_cases(num_rows: int, width: int, quick: bool = False) -> dict[str, Case]:
     """A step in every mode; if rows have 64 columns, also the cases of large batches."""
-    # Rows of 128 columns are a line as they are.
+    # A row of 128 columns already fills a line.
     kinds = [kind for kind in ROWS if "packed" not in kind or width % 128]
     cases: dict[str, Case] = {kind: ("rows", kind, width, num_rows) for kind in kinds}
     return cases | (large_cases(num_rows, width, quick) if width == 64 else {})
@@ -54,14 +54,14 @@ def many_tables(quick: bool = False) -> tuple[int, int, dict[str, Case]]:
     return num_rows, width, {name: ("tables", "exact_rows", width, num_rows, ids, count)}
 
 
-def block_turns(case: Case) -> int:
-    """The turns of a case's loop over blocks of rows, if all indices differ; 0 without a loop."""
+def block_iterations(case: Case) -> int:
+    """The iterations of a case's loop over blocks, if all indices differ; 0 without a loop."""
     num_ids = case[4] if case[0] == "rows" and len(case) > 4 else 0
     return 0 if blocks.needs_no_loop(num_ids) else -(-num_ids // blocks._BLOCK_ROWS)
 
 
 def program(case: Case, device: Any) -> Program:
-    """The jitted function of a case and what to call it with, as shapes on a device."""
+    """The jitted function of a case, and its arguments as shapes on a device."""
     kinds = {"dense": _dense_program, "rows": _rows_program, "tables": _tables_program}
     return kinds[case[0]](device, *case[1:])
 
@@ -70,7 +70,7 @@ def _dense_program(device: Any, package: str, chain: str, shapes: Any) -> Progra
     dtype = "bfloat16" if chain.endswith(", bfloat16") else "float32"
     params = [jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=device) for shape in shapes]
     init, step = steps.chain_step(package, chain)
-    # Otherwise optax's moments would be in bfloat16, and change their dtype in a step.
+    # From bfloat16 parameters optax makes bfloat16 moments, and a step would change their dtype.
     wide = [jax.ShapeDtypeStruct(p.shape, "float32") for p in params]
     state = jax.eval_shape(init, wide if package == "optax" else params)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state)
@@ -96,8 +96,8 @@ def _rows_step(kind: str, packing: Any) -> tuple[Any, Callable[..., Any]]:
     if kind == "dense gradient, optax":
         import optax
 
-        pair = optax.adam(steps.RATE)
-        return pair, steps.optax_train_step(loss, pair)
+        adam = optax.adam(steps.RATE)
+        return adam, steps.optax_train_step(loss, adam)
     if kind in ROWS:
         tx, tables = steps.table_mode(ROWS[kind])
         return tx, adamjax.train_step(loss, tx, tables=tables)

@@ -1,6 +1,6 @@
 """Writes measured tables and numbers into README.md and docs/, from the committed results alone.
 
-A number stands in a sentence, between `<!-- number NAME -->` and `<!-- end -->`.
+A number in a sentence is between `<!-- number NAME -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def committed(suite: str) -> Results:
 
 
 def numbers() -> dict[str, str]:
-    """The numbers that stand in sentences, by name."""
+    """The numbers in sentences, by name."""
     dense, rows, models = committed("dense")["times"], committed("rows"), committed("models")
     soak, train = committed("soak")["cases"]["Adam"], committed("train")
     main = main_rows(rows)
@@ -39,7 +39,7 @@ def numbers() -> dict[str, str]:
     exact_over_optax = [
         row["ratio"]["exact"]["optax"]["median"] for row in rows["times"] if "exact" in row["ratio"]
     ]
-    of_model = {row["model"]: row["ratio"] for row in models["steps"]}
+    model_ratios = {row["model"]: row["ratio"] for row in models["steps"]}
     compile_seconds = {
         row["model"]: row["s"]["compile"]["median"]
         for row in models["programs"]
@@ -58,9 +58,9 @@ def numbers() -> dict[str, str]:
         "soak steps": f"{soak['steps'][-1]:,}",
         "soak exact": f"{soak['weights']['exact']['mean'][-1]:.1e}",
         "soak dense": f"{soak['weights']['dense']['mean'][-1]:.1e}",
-        "dlrm optax": two_digits(of_model["DLRM"]["optax"]["median"]),
-        "towers optax": two_digits(of_model["two towers"]["optax"]["median"]),
-        "models lazy": span((ratio["lazy"]["median"] for ratio in of_model.values()), 2),
+        "dlrm optax": two_digits(model_ratios["DLRM"]["optax"]["median"]),
+        "towers optax": two_digits(model_ratios["two towers"]["optax"]["median"]),
+        "models lazy": span((ratio["lazy"]["median"] for ratio in model_ratios.values()), 2),
         "compile one table": two_digits(compile_seconds["click, one table"]),
         "compile 26 tables": two_digits(compile_seconds["click, 26 tables"]),
         "train steps": f"{train['config']['steps']}",
@@ -78,11 +78,11 @@ def numbers() -> dict[str, str]:
 
 
 def render(texts: Mapping[Path, str]) -> dict[Path, str]:
-    """Texts of pages with their tables and numbers as the committed results say.
+    """The texts of pages, with the tables and numbers of the committed results.
 
     Raises:
-      ValueError: for some results there is not exactly one page that has the marks.
-      KeyError: there is no number of a name.
+      ValueError: the marks of some results are not on exactly one page.
+      KeyError: a mark has an unknown name.
     """
     by_name = numbers()
     new = {

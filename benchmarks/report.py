@@ -16,7 +16,7 @@ from benchmarks.measure import RESULTS
 from benchmarks.tables import span
 from benchmarks.train.options import UserError
 
-# suite: its title, and what it measured in a sentence or two
+# suite: its title, and a sentence or two about it
 SECTIONS = {
     "dense": (
         "Dense steps",
@@ -91,10 +91,10 @@ def _speed(results: Results) -> Iterator[str]:
         for name in ("optax", "torch sparse"):
             if name in ratios:
                 times = tables.two_digits(1 / ratios[name]["median"])
-                others += f", {NAMES.get(name, name)} {times} times as long"
+                others += f", that of {NAMES.get(name, name)} {times} times as long"
         yield (
-            f"A step that reads {row['reads']:,} rows ({row['indices']} indices) of a table of "
-            f"{row['rows']:,} takes `exact_rows` {row['ms']['exact']['median']:.1f} ms{others}."
+            f"With {row['reads']:,} indices ({row['indices']}) of a table of {row['rows']:,} rows, "
+            f"a step of `exact_rows` takes {row['ms']['exact']['median']:.1f} ms{others}."
         )
     models = {row["model"]: row["ratio"] for row in _rows_of(results, "models", "steps")}
     if times := [f"{m}: {x['optax']['median']:.1f}" for m, x in models.items() if "optax" in x]:
@@ -109,7 +109,7 @@ def _speed(results: Results) -> Iterator[str]:
 
 
 def _limits(results: Results) -> Iterator[str]:
-    """How close steps come to the limit of the memory's bandwidth, and what memory they need."""
+    """How close steps come to the limit of the bandwidth, and how much memory they need."""
 
     def limit(suite: str) -> str:
         speed = results[suite]["bandwidth"]["median"] / 1e9
@@ -136,7 +136,7 @@ def _limits(results: Results) -> Iterator[str]:
 
 
 def _comparisons(results: Results) -> Iterator[tuple[str, str, str, dict[str, float]]]:
-    """What is compared, with which package, in which case, and our time divided by theirs."""
+    """Our step, the other package, the case, and our time divided by theirs."""
     for row in _rows_of(results, "dense"):
         for name, ratio in row["ratio"].items():
             yield "A dense step", name, f"{row['workload']}, {row['chain']}", ratio
@@ -155,7 +155,7 @@ def _comparisons(results: Results) -> Iterator[tuple[str, str, str, dict[str, fl
 
 
 def _what_is_slow(results: Results) -> Iterator[str]:
-    """The targets that are missed, and what is slower than with another package."""
+    """The targets that are missed, and the steps that are slower than another package's."""
     bounds = _rows_of(results, "rows", "bounds") + _rows_of(results, "models", "bounds")
     measured = [row for row in bounds if row["holds"] is not None]
     missed = [row for row in measured if not row["holds"]]
@@ -191,7 +191,7 @@ def summary(results: Results) -> str:
     real = {suite: x for suite, x in results.items() if suite not in quick}
     titles = {
         "How fast steps are": _speed,
-        "How close steps come to the limit, and what memory they need": _limits,
+        "How close steps come to the limit, and how much memory they need": _limits,
         "What is slow": _what_is_slow,
     }
     for title, lines in titles.items() if real else ():

@@ -1,13 +1,14 @@
 """The step of one table: exact, lazy and dense, compared with other packages.
 
-Each contender takes its steps in a process of its own, in turn with the others; where all tables do
-not fit in memory at once, the contenders come one after another, and a round is what has the same
-number with each. Every step gets other indices, 32 batches in rotation, so that its rows are not in
-the cache and lag behind by various numbers of steps. The dense gradient, the row gradient and
-torch's sorting of its sparse gradient are part of the step; the gradient's rows are given. The main
-cases (1M rows of 64) get more rounds, those with the most indices a quarter of them, and their
-processes are started anew several times, as where arrays come to lie moves times by a tenth. Each
-time is also given as a fraction of the limit that the device's bandwidth sets: see `least_bytes`.
+Each contender takes its steps in a process of its own, in turn with the others. If not all tables
+fit in memory at once, the contenders run one after another, and their n-th samples count as round
+n. Steps rotate through 32 batches of indices, so that their rows are not in the cache, and lag
+behind by various numbers of steps. The values of the gradient's rows are inputs; the step makes
+from them the dense or the row gradient, or sorts torch's sparse gradient. The main cases (1M rows
+of 64) get more rounds, but those with many indices only a quarter of these. Their processes are
+started anew several times, because times change by a tenth with the places of arrays in memory.
+Each time is also given as a fraction of the limit that the device's bandwidth sets: see
+`least_bytes`.
 """
 
 import contextlib
@@ -38,38 +39,38 @@ def _cases(rows: Sequence[int], widths: Sequence[int], reads: Sequence[int]) -> 
 
 
 GRID = _cases((100_000, 1_000_000, 4_000_000), (32, 64, 128), (1024, 8192, 65_536))
-# On an accelerator as well: 5 GB, and as much for each moment.
+# Only on an accelerator: 5 GB, and as much for each moment.
 LARGE = _cases((10_000_000,), (128,), (8192, 65_536))
 MAIN = _cases((1_000_000,), (64,), (8192, 65_536, 262_144))
 QUICK = _cases((1000, 4000), (8,), (64,))
 QUICK_MAIN = _cases((4000,), (8,), (64,))
-# The most indices of a main case that gets all its rounds.
-FULL = 8192
+# The largest number of indices of a main case that gets all rounds.
+MAIN_READS = 8192
 # The sizes of two tables on which exact takes steps in turn.
 GROWTH = {short(rows): rows for rows in (GRID[0].rows, GRID[-1].rows)}
 
 
 def main_rounds(case: Case, rounds: int) -> int:
     """The rounds of a main case in a sitting: a step on many rows takes long."""
-    return rounds if case.reads <= FULL else max(2, rounds // 4)
+    return rounds if case.reads <= MAIN_READS else max(2, rounds // 4)
 
 
-def _memory(path: str, what: str) -> int | None:
-    """Bytes that Linux counts: `VmRSS` of a process, `MemAvailable` of the machine."""
+def _memory(path: str, field: str) -> int | None:
+    """Bytes that Linux reports: `VmRSS` of a process, `MemAvailable` of the machine."""
     with contextlib.suppress(OSError):
         for line in Path(path).read_text().splitlines():
-            if line.startswith(what):
+            if line.startswith(field):
                 return 1024 * int(line.split()[1])
     return None
 
 
-def _resident(what: str) -> int:
-    """Bytes of this process that are resident (`VmRSS`), or were at most (`VmHWM`)."""
-    return _memory("/proc/self/status", what) or 0
+def _resident(field: str) -> int:
+    """The resident bytes of this process: now (`VmRSS`), or at their peak (`VmHWM`)."""
+    return _memory("/proc/self/status", field) or 0
 
 
 class Contender:
-    """A contender's table, and the case that it works on; lives in a worker process."""
+    """A contender's table, for one case at a time; lives in a worker process."""
 
     def __init__(self, name: str) -> None:
         self.name, self.shape = name, (0, 0)
@@ -86,7 +87,7 @@ class Contender:
         gc.collect()
 
     def prepare(self, case: Case) -> dict[str, Any]:
-        """Loads a case's batches, compiles, warms up; returns the bytes that this took."""
+        """Loads a case's batches, compiles, warms up; returns its memory and its distinct rows."""
         if self.shape != (case.rows, case.width):
             self.drop()
             self.base = _resident("VmRSS")
@@ -96,11 +97,11 @@ class Contender:
         temporary = self.table.load(indices, values)
         self.base += _resident("VmRSS") - before
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         self.table.run(contenders.ALL_CONTENDERS[self.name][1])
         return {
             "temporary_bytes": temporary,
-            # Elsewhere the table is not in this memory.
+            # An accelerator has the table in its own memory.
             "peak_bytes": _resident("VmHWM") - self.base if self.table.on_cpu else None,
             "distinct": statistics.mean(len(np.unique(x)) for x in indices[:4]),
         }
@@ -110,7 +111,7 @@ class Contender:
 
 
 def fits(pool: WorkerPool, cases: Sequence[Case]) -> bool:
-    """Whether the arrays of all contenders fit in memory at once, with one's temporaries.
+    """Whether the arrays of all contenders and the temporaries of one fit in memory at once.
 
     The arrays are a table, its moments and the batches of the largest case. Temporaries are at most
     as large as a table and its moments.
@@ -118,23 +119,23 @@ def fits(pool: WorkerPool, cases: Sequence[Case]) -> bool:
     free = pool.device.memory or _memory("/proc/meminfo", "MemAvailable") or math.inf
     case = max(cases, key=contenders.batch_bytes)
     tables = 3 * len(pool.names) + 3
-    # A TPU pads rows to 128 elements; each process that uses a GPU takes some of its memory.
+    # A TPU pads rows to 128 elements; each process on a GPU needs about 0.6 GB of its own.
     width = max(case.width, 128) if pool.device.platform == "tpu" else case.width
     each = contenders.batch_bytes(case) + (6e8 if pool.device.platform == "gpu" else 0)
     return tables * case.rows * width * 4 + each * len(pool.names) < 0.8 * free
 
 
 def take_samples(pool: WorkerPool, rounds: dict[Case, int]) -> dict[Case, dict[str, Any]]:
-    """For each case of one table: the samples of its rounds, and what `prepare` returned."""
+    """For each case of one table: the samples of its rounds, and the answers of `prepare`."""
     in_turn = fits(pool, list(rounds))
     by_case: dict[Case, dict[str, Any]] = {
-        case: {"in_turn": in_turn, "samples": [{} for _ in range(n)], "about": {}, "failed": {}}
+        case: {"in_turn": in_turn, "samples": [{} for _ in range(n)], "prepared": {}, "failed": {}}
         for case, n in rounds.items()
     }
     for names in [pool.names] if in_turn else [[name] for name in pool.names]:
         for case, record in by_case.items():
-            about, samples = pool.measure(names, (case,), rounds[case])
-            record["about"] |= about
+            prepared, samples = pool.measure(names, (case,), rounds[case])
+            record["prepared"] |= prepared
             record["failed"] |= pool.failed
             for one, more in zip(record["samples"], samples, strict=True):
                 one |= more
@@ -145,21 +146,21 @@ def take_samples(pool: WorkerPool, rounds: dict[Case, int]) -> dict[Case, dict[s
 
 
 def summary(case: Case, sittings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of a case, from what `take_samples` found in each sitting."""
+    """The figures of a case, from the record of `take_samples` in each sitting."""
     samples = [x for record in sittings for x in record["samples"]]
-    about = sittings[0]["about"]
+    prepared = sittings[0]["prepared"]
     names = measure.names_in_every_round(samples, list(contenders.ALL_CONTENDERS))
     own = [name for name in names if name in contenders.OURS and name != "lazy step"]
     return {
         "case": case.name,
         **vars(case),
-        "distinct": round(max((x["distinct"] for x in about.values()), default=0)),
+        "distinct": round(max((x["distinct"] for x in prepared.values()), default=0)),
         "in_turn": sittings[0]["in_turn"],
         "rounds": len(samples),
         "ms": measure.times(samples, names),
         "ratio": {name: measure.time_ratios(samples, name, names) for name in own},
-        "temporary_bytes": {name: x["temporary_bytes"] for name, x in about.items()},
-        "peak_bytes": {name: x["peak_bytes"] for name, x in about.items()},
+        "temporary_bytes": {name: x["temporary_bytes"] for name, x in prepared.items()},
+        "peak_bytes": {name: x["peak_bytes"] for name, x in prepared.items()},
         "failed": {name: why for record in sittings for name, why in record["failed"].items()},
     }
 
@@ -171,7 +172,7 @@ def measure_cases(
     records: dict[Case, list[dict[str, Any]]] = {case: [] for case in rounds}
     tables: dict[Any, dict[Case, int]] = {}
     for case, count in rounds.items():
-        # Large batches need more memory, so that contenders may not fit side by side.
+        # Each main case is separate: large batches need more memory, so fewer contenders may fit.
         table = case.rows, case.width, case in MAIN and case.reads
         tables.setdefault(table, {})[case] = count
     for _ in range(sittings if rounds else 0):
@@ -185,7 +186,7 @@ def measure_cases(
 
 def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[dict[str, Any]]:
     """The time of exact's steps on a small and a large table, in turn, and their ratio."""
-    cases = [case for case in MAIN if case.reads == FULL]
+    cases = [case for case in MAIN if case.reads == MAIN_READS]
     samples: dict[str, list[dict[str, float]]] = {case.indices: [] for case in cases}
     for _ in range(sittings):
         with WorkerPool("rows", dict.fromkeys(GROWTH, "exact"), device) as pool:
@@ -196,9 +197,9 @@ def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[d
                 samples[case.indices] += turns
     growth, (small, large) = [], GROWTH
     for indices, rounds_of in samples.items():
-        # Otherwise one of the two has ended.
+        # If one of the two processes ended, there is no ratio.
         if len(measure.names_in_every_round(rounds_of, GROWTH)) == len(GROWTH):
-            row = {"indices": indices, "reads": FULL, "contender": "exact"}
+            row = {"indices": indices, "reads": MAIN_READS, "contender": "exact"}
             row["ms"] = measure.times(rounds_of, (small, large))
             growth.append(row | {"ratio": measure.time_ratios(rounds_of, large, (small,))[small]})
     return growth
@@ -212,14 +213,14 @@ def bounds(
     main_rows = {(case.reads, case.indices): rows.get(case.name) for case in MAIN}
     grown = {(row["contender"], row["indices"]): row["ratio"]["median"] for row in growth}
 
-    def ratio(one: str, other: str, indices: str, reads: int = FULL) -> float | None:
-        """The time of one divided by that of the other; at least one of them is ours."""
+    def ratio(one: str, other: str, indices: str, reads: int = MAIN_READS) -> float | None:
+        """The time of one divided by that of the other; one of them must be ours."""
         ratios = (main_rows[reads, indices] or {"ratio": {}})["ratio"]
         if other in ratios.get(one, {}):
             return ratios[one][other]["median"]
         return 1 / ratios[other][one]["median"] if one in ratios.get(other, {}) else None
 
-    def temporaries(*names: str, reads: int = FULL) -> float | None:
+    def temporaries(*names: str, reads: int = MAIN_READS) -> float | None:
         here = [row for (count, _), row in main_rows.items() if row and count == reads]
         sizes = [row["temporary_bytes"].get(name) for row in here for name in names]
         return max((x for x in sizes if x is not None), default=0) / 1e6 or None

@@ -1,11 +1,11 @@
 """Does anything drift? A table trained for 100,000 steps, exactly and densely, against float64.
 
-Rows are read as in language, few of them always and most hardly ever, and gradients are noise, so
-that nothing pulls a table back that has drifted. It is trained by the dense optimizer in float32
-and by `exact_rows`, with the longest history that it takes by itself and with the shortest that the
+Rows are read as in language: a few in every step, most hardly ever. Gradients are noise, so nothing
+pulls back a table that has drifted. It is trained by the dense optimizer in float32 and by
+`exact_rows`, with the longest history that it uses by default and with the shortest that the
 optimizer allows. All are compared with the recurrence in float64, which is written here from the
-papers. The rate is set from outside: a warm-up, then a cosine. One more run crosses the end of
-int32.
+papers. The rate is an input of each step: a warm-up, then a cosine. In one more run the step count
+crosses the end of int32.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from benchmarks.tables import markdown
 
 ROWS, COLUMNS, READS = 2000, 8, 64
 CHUNK = 1000  # steps of one call
-LONGEST_HISTORY = 65_536  # the longest that `exact_rows` takes by default
+LONGEST_HISTORY = 65_536  # the longest that `exact_rows` uses by default
 PEAK = 3e-3
 B1, B2, EPS, DECAY, MOMENTUM = 0.9, 0.999, 1e-7, 0.01, 0.999
 
@@ -38,7 +38,7 @@ class Case:
     decays: bool = False  # whether there is decoupled weight decay
     averages: bool = False  # whether there is an average of the weights
     steps_before: int = 0  # the count at which the run begins
-    moments: str | None = None  # their format, as a rule takes it
+    moments: str | None = None  # their format, a rule's `m_dtype` and `v_dtype`
 
     def dense(self, rate: Any) -> adamjax.Transform:
         eps_name = "eps" if self.corrected or self.rule == "adamax" else "eps_hat"
@@ -65,21 +65,21 @@ CASES = {
 class Chunk(NamedTuple):
     """The inputs of the steps of one call: arrays with a leading axis of steps."""
 
-    count: Any  # the number of steps before
+    count: Any  # the number of earlier steps
     indices: Any
     values: Any
     rate: Any
 
 
 def chunk(start: int, steps: int, steps_before: int) -> Chunk:
-    """The inputs of the steps from `start` on, of `steps` in all; the same in every run."""
+    """The inputs of `CHUNK` steps from `start` on, of `steps` in all; the same in every run."""
     rng = np.random.default_rng(start)
     # By Zipf's law: a row is read in every step, or once in some thousands.
     weights = np.random.default_rng(0).permutation((1.0 + np.arange(ROWS)) ** -1.5)
     cumulated = np.cumsum(weights)
     draws = rng.random((CHUNK, READS)) * cumulated[-1]
     indices = np.searchsorted(cumulated, draws).astype(np.int32)
-    # Each row has gradients of its own size.
+    # Each row has gradients of its own magnitude.
     sizes = (10 ** np.random.default_rng(1).uniform(-3, 1, ROWS)).astype(np.float32)
     values = rng.standard_normal((CHUNK, READS, COLUMNS), np.float32) * sizes[indices][..., None]
     t = start + np.arange(CHUNK)
@@ -94,11 +94,11 @@ def start_table() -> np.ndarray:
 
 @dataclass
 class Run:
-    """A way to train the table: a step for `scan`, and how the weights are read."""
+    """One training of the table."""
 
     carry: Any
-    step: Callable[[Any, Chunk], Any]
-    read: Callable[[Any], dict[str, Any]]
+    step: Callable[[Any, Chunk], Any]  # for `scan`
+    read: Callable[[Any], dict[str, Any]]  # a carry's weights, and their average
     x64: bool = False
     seconds: float = 0.0
 
@@ -107,7 +107,7 @@ class Run:
             lambda carry, x: jax.lax.scan(self.step, carry, x)[0], donate_argnums=0
         )
 
-    def take(self, x: Chunk) -> None:
+    def advance(self, x: Chunk) -> None:
         def steps() -> None:
             with enable_x64(self.x64):
                 self.carry = jax.block_until_ready(self.steps(self.carry, x))
@@ -189,11 +189,11 @@ def shortest_history(case: Case) -> int:
         with contextlib.suppress(ValueError):
             adamjax.exact_rows(case.dense(PEAK), "table", history=history)
             return history
-    raise AssertionError("no history is enough")
+    raise AssertionError("no history is long enough")
 
 
 def measure(case: Case, steps: int, every: int) -> dict[str, Any]:
-    """The mean and largest errors of all runs of a case, after each `every` steps."""
+    """The mean and largest errors of all runs of a case, after every `every` steps."""
     truth, short = float64_run(case), shortest_history(case)
     runs = {
         "dense": adamjax_run(case, None),
@@ -204,7 +204,7 @@ def measure(case: Case, steps: int, every: int) -> dict[str, Any]:
     for done in progress(range(0, steps, CHUNK), f"{CHUNK} steps"):
         x = chunk(done, steps, case.steps_before)
         for run in (truth, *runs.values()):
-            run.take(x)
+            run.advance(x)
         if (done + CHUNK) % every:
             continue
         result["steps"].append(done + CHUNK)

@@ -1,7 +1,7 @@
 """The steps that the suites time and compile, each written once.
 
 A step is a function `(params, state, ...) -> (params, state, ...)`, to be jitted with both donated.
-Whole train steps, which read rows and differentiate a loss, are those of `adamjax.train_step`.
+Most train steps, which also read rows and differentiate a loss, are from `adamjax.train_step`.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import adamjax
 
 RATE, MAX_NORM = 1e-3, 1.0
 MOMENTUM = 0.99  # of the average of the weights
-# Adam's numbers in `tf_step`; all other steps have the defaults of their packages.
+# Adam's hyperparameters in `tf_step`; all other steps have their packages' defaults.
 B1, B2, EPS = 0.9, 0.999, 1e-7
 
 
@@ -56,8 +56,8 @@ def chain_step(package: str, chain: str) -> Step:
     """The step of a chain such as "clip + adamw + average", in one of three packages.
 
     "adam, grouped" joins small leaves in adamjax, and "adam, moments in bfloat16" (or scaled8)
-    sets the format of the moments; the others cannot. optax has no average of the
-    weights in a chain: it is taken after `apply_updates`, as its documents do.
+    sets the format of the moments; the others cannot. In optax the average of the weights is no
+    part of a chain: it is updated after `apply_updates`, as in optax's documentation.
     """
     chain, _, option = chain.partition(", ")
     rule = chain.removeprefix("clip + ").removesuffix(" + average")
@@ -93,9 +93,9 @@ def chain_step(package: str, chain: str) -> Step:
 def table_mode(
     mode: str, tables: Any = "table", rule: Callable[..., Any] = adamjax.adam, **options: Any
 ) -> tuple[Any, Any]:
-    """The optimizer of a mode, and the patterns of tables that `train_step` is to be given.
+    """The optimizer of a mode, and the argument `tables` of its `train_step`.
 
-    The modes are "exact", "lazy" and "dense" (`rows="dense"`); another one has dense gradients.
+    The modes are "exact", "lazy" and "dense" (`rows="dense"`); any other has dense gradients.
     """
     options = {"learning_rate": RATE, **options}
     if mode == "exact":
@@ -132,10 +132,10 @@ def optax_train_step(loss: Callable[..., Any], tx: Any) -> Callable[..., Any]:
 
 
 def hand_written_step(tx: Any, loss: Callable[..., Any], packing: Any = None) -> Step:
-    """A train step on `params["table"]` of a `loss(rows, values)`, which takes rows of it.
+    """A train step on `params["table"]`, not by `adamjax.train_step`; calls `loss(rows, values)`.
 
     The optimizer is `exact_rows`, whose `prepare` reads the rows, or a lazy one. A packed table has
-    several rows a line.
+    several rows in a line.
     """
 
     def step(params: Any, state: Any, ids: Any, values: Any) -> Any:
@@ -206,7 +206,7 @@ def count_bytes(tree: Any) -> int:
 
 
 class Runner:
-    """Takes steps in place on batches in rotation; with a `tx`, arrays keep their layouts."""
+    """Takes steps in place, with batches in rotation; with a `tx`, arrays keep their layouts."""
 
     def __init__(self, step: Step, params: Any, tx: Any = None, more_results: int = 0) -> None:
         if tx is None:
@@ -217,7 +217,7 @@ class Runner:
         self.compiled: dict[Any, Any] = {}
 
     def load(self, batches: Sequence[tuple[Any, ...]]) -> int:
-        """Takes the batches and compiles for them; returns the bytes of a step's temporaries."""
+        """Stores the batches and compiles for them; returns the bytes of a step's temporaries."""
         self.batches = itertools.cycle(batches)
         shapes = tuple(x.shape for x in jax.tree.leaves(batches[0]))
         if shapes not in self.compiled:

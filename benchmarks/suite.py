@@ -12,17 +12,17 @@ from benchmarks.train.options import number
 
 Item = TypeVar("Item")
 
-# The smallest counts that are allowed; a quick run takes these. A sitting starts all processes
-# anew, and its rounds give the spread.
+# The smallest counts that are allowed, which a quick run uses. A sitting starts all processes anew
+# and has its own rounds.
 LEAST = {"rounds": 2, "grid_rounds": 2, "sittings": 1}
 
 
 @dataclass
 class Suite:
-    """What a suite is run with, and its results.
+    """A run of a suite: its options and its results.
 
-    After `parse`, `args` has the options, `results` is what becomes the JSON file, and `partial`
-    says whether the run is quick or leaves out some cases: such results are written only with
+    After `parse`, `args` has the options, and `results` is the content of the JSON file. `partial`
+    is whether the run is quick or leaves out some cases: such results are written only with
     `--out`.
     """
 
@@ -31,11 +31,11 @@ class Suite:
     packages: Sequence[str]  # whose versions the results name
     # Defaults of the options `--rounds`, `--sittings` and the like.
     counts: Mapping[str, int] = field(default_factory=dict)
-    # What `--contenders` chooses from, and the module that each needs.
+    # The choices of `--contenders`, and the module that each needs.
     contenders: Mapping[str, str] = field(default_factory=dict)
-    only_chooses: str | None = None  # what `--only` chooses from, in a few words
-    folder: str | None = None  # of benchmarks/results, if they do not depend on the device
-    written: Path | None = None  # the file of the results, after `finish`, if there is one
+    only_chooses: str | None = None  # what `--only` selects from, in a few words
+    folder: str | None = None  # under benchmarks/results; by default the platform's
+    written: Path | None = None  # after `finish`: the file of the results, if it wrote one
 
     def __post_init__(self) -> None:
         self.parser = argparse.ArgumentParser(
@@ -44,13 +44,13 @@ class Suite:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add = self.parser.add_argument
-        add("--quick", action="store_true", help="tiny sizes: does it run?")
+        add("--quick", action="store_true", help="tiny sizes, to see whether all runs")
         add("--out", type=Path, help="where to write the JSON")
         for count, default in self.counts.items():
             option = f"--{count.replace('_', '-')}"
             add(option, type=number(int, LEAST[count]), help=f"default {default}")
         if self.only_chooses:
-            add("--only", default="", help=f"{self.only_chooses} whose name has this text")
+            add("--only", default="", help=f"{self.only_chooses} whose name contains this text")
         if self.contenders:
             add("--contenders", help=f"some of: {'; '.join(self.contenders)}; split by ;")
 
@@ -67,27 +67,27 @@ class Suite:
         return args
 
     def chosen(self, names: Collection[str]) -> list[str]:
-        """The cases whose name has the text of `--only`; without any, the process ends."""
+        """The cases whose name contains the text of `--only`. If none does, the process ends."""
         matching = [name for name in names if self.args.only in name]
         if not matching:
-            self.parser.error(f"no name has {self.args.only!r} in it; there are {list(names)}")
+            self.parser.error(f"no name contains {self.args.only!r}; the names are {list(names)}")
         return matching
 
     def chosen_contenders(self) -> list[str]:
         """The contenders of `--contenders`, or all, without those that are not installed."""
         named = self.args.contenders.split(";") if self.args.contenders else list(self.contenders)
         if unknown := [name for name in named if name not in self.contenders]:
-            self.parser.error(f"no contenders {unknown}; there are {list(self.contenders)}")
-        there = [name for name in named if measure.installed(self.contenders[name])]
-        for name in set(named) - set(there):
+            self.parser.error(f"unknown contenders {unknown}; known: {list(self.contenders)}")
+        available = [name for name in named if measure.installed(self.contenders[name])]
+        for name in set(named) - set(available):
             say(f"{name}: left out, {self.contenders[name]} is not installed")
-        return there
+        return available
 
     def finish(self) -> int:
         """Prints the tables of the results, writes the JSON and returns the exit code."""
         environment = measure.environment(*self.packages) | {"commit": self.commit}
-        written = ("versions", "date") if self.folder else environment
-        self.results["environment"] = {name: environment[name] for name in written}
+        names = ("versions", "date") if self.folder else environment
+        self.results["environment"] = {name: environment[name] for name in names}
         # Not at the top: it imports the suites, and they import this file.
         tables = importlib.import_module("benchmarks.tables")
         if render := tables.SUITES.get(self.name):

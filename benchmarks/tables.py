@@ -1,4 +1,4 @@
-"""The results of suites as Markdown tables: what a suite prints, and docs and reports show.
+"""The results of suites as Markdown tables, which suites print, and docs and reports show.
 
 Each suite has a function that takes its results, as its JSON file has them, and returns the text.
 """
@@ -70,7 +70,7 @@ def machine(results: Results) -> str:
 
 
 def origin(results: Results, bandwidth: bool = True) -> str:
-    """Where, with what, how often and when results were measured, and the bandwidth there."""
+    """The device, the versions, the rounds, the commit and the date of results; the bandwidth."""
     env = results["environment"]
     rounds = f"{results['rounds']} rounds" if "rounds" in results else ""
     if "sittings" in results:
@@ -193,8 +193,8 @@ def differences(results: Results) -> str:
     systems = list(results["rows"][0]["numbers"])
     table = []
     for row in results["rows"]:
-        what, theirs, _ = CASES[row["key"]]
-        table.append([what, *(f"{row['numbers'][system]}" for system in systems), theirs])
+        steps, how_to, _ = CASES[row["key"]]
+        table.append([steps, *(f"{row['numbers'][system]}" for system in systems), how_to])
     header = ["case", *systems, "how to get the others' result in adamjax"]
     return paragraphs(markdown(header, table), f"{versions(results)}.")
 
@@ -224,7 +224,7 @@ def main_rows(results: Results) -> list[Row]:
 
 
 def _times_as_long(row: Row, name: str, own: str = "exact") -> str:
-    """How many times as long as ours a contender takes."""
+    """How many times as long as `own` a contender takes."""
     if name not in row["ratio"].get(own, {}):
         return "?"
     return two_digits(1 / row["ratio"][own][name]["median"])
@@ -325,7 +325,7 @@ def _why_not_counted(results: Results) -> list[str]:
 
 
 def tpu(results: Results) -> str:
-    """The tables of what the TPU's compiler says, with a cell for each chip."""
+    """The tables of the TPU compiler's figures, with a cell for each chip."""
 
     def largest(reports: Iterable[Row], name: str) -> float:
         return max(report.get(name, math.nan) for report in reports)
@@ -403,7 +403,7 @@ def gpu(results: Results) -> str:
 
 
 def quality(results: Results) -> str:
-    """What the quality suite says, a line for each question."""
+    """The answers of the quality suite, a line for each question."""
     lines = "\n".join(f"- {line}" for line in answer.sentences(results))
     page = f"benchmarks/results/{results['environment'].get('platform', 'cpu')}/quality.md"
     models = ", ".join(row["model"] for row in results["models"])
@@ -441,7 +441,7 @@ def float64(results: Results) -> str:
 
 
 def narrow(results: Results) -> str:
-    """What moments and weights in few bits do to the updates and to the loss of training."""
+    """The errors of moments and updates in few bits, and the losses of training."""
     moments, training = [], []
     for form in dict.fromkeys(case["format"] for case in results["moments"]):
         cases = [case for case in results["moments"] if case["format"] == form]
@@ -453,10 +453,10 @@ def narrow(results: Results) -> str:
     for name in [name for name in formats if name != "float32"]:
         cells = []
         for task in tasks.values():
-            one = task["formats"][name]
-            share = one["difference"] / task["learned"]
-            cell = f"{one['difference']:+.4f} ({share:+.1%})"
-            cells.append(cell if one["same"] else f"**{cell}**")
+            result = task["formats"][name]
+            share = result["difference"] / task["learned"]
+            cell = f"{result['difference']:+.4f} ({share:+.1%})"
+            cells.append(cell if result["same"] else f"**{cell}**")
         training.append([name, *cells])
     learned = ", ".join(
         f"the loss of the {name} falls by {task['learned']:.3f} from {task['before']:.3f} "

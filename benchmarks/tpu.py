@@ -5,12 +5,12 @@ We read four things from a compiled step:
 - The bytes that move between the chip and its large memory, with the padding of arrays there.
 - The temporaries in either memory.
 - The instructions that copy an array of a table's size.
-- The cycles that the compiler estimates. They are those of arithmetic and copies alone.
+- The cycles that the compiler estimates, which count only arithmetic and copies.
 
 XLA's own "bytes accessed" are in the results as well. It counts an array twice if the array is
 moved to the fast memory first. An instruction on rows of a table counts with the bytes of these
-rows. If it joins rows of several tables, its bytes are not counted, because it does not say how
-much it takes from each.
+rows. If it joins rows of several tables, its bytes are not counted, because it does not show how
+many it moves from each.
 """
 
 import functools
@@ -37,7 +37,8 @@ CHAINS = (
 
 def groups(quick: bool) -> list[Group]:
     """Dense steps of both packages; steps on tables in every mode."""
-    workloads = {"one leaf, 67.1M": [(2**16 if quick else 2**26,)]}  # more than the fast memory has
+    # The leaf does not fit in the fast memory.
+    workloads = {"one leaf, 67.1M": [(2**16 if quick else 2**26,)]}
     if not quick:
         workloads["transformer, 150 leaves, 13.8M"] = transformer()
     dense: list[Group] = [
@@ -69,7 +70,7 @@ COMPILER = Compiler(
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": TOPOLOGIES[chip][1],
         "TPU_WORKER_HOSTNAMES": "localhost",
-        # Compilers do not get into each other's way as users of a TPU do.
+        # Only users of a TPU exclude each other; compilers do not.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     },
     targets=tuple(TOPOLOGIES),

@@ -12,11 +12,11 @@ from benchmarks.suite import say
 
 
 class Ended(RuntimeError):
-    """A worker is gone, with its exit status; a negative one is the signal that ended it."""
+    """A worker has ended. The message has its exit status; a negative one is a signal's number."""
 
 
 class Worker:
-    """A process that answers questions with the `Contender` of a suite's module."""
+    """A process that answers requests with the `Contender` of a suite's module."""
 
     def __init__(self, suite: str, **environment: str) -> None:
         own = {"KERAS_BACKEND": "jax", "OMP_WAIT_POLICY": "PASSIVE", **environment}
@@ -26,10 +26,10 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def ask(self, question: Sequence[Any]) -> Any:
-        """The answer to a question; see `contender_answers`."""
+    def ask(self, request: Sequence[Any]) -> Any:
+        """The answer to a request; see `contender_answers`."""
         try:
-            self.connection.send(question)
+            self.connection.send(request)
             return self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
@@ -41,8 +41,8 @@ class Worker:
 
 
 def _serve(connection: Any, suite: str, environment: dict[str, str]) -> None:
-    """What a worker does: answers questions until there are no more."""
-    os.environ.update(environment)  # before the suite imports libraries, which read it
+    """Runs in the worker: answers requests until the connection is closed."""
+    os.environ.update(environment)  # before the suite imports libraries that read it
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         answer = contender_answers(importlib.import_module(f"benchmarks.{suite}").Contender)
         while True:
@@ -50,14 +50,14 @@ def _serve(connection: Any, suite: str, environment: dict[str, str]) -> None:
 
 
 def contender_answers(make: Callable[[str], Any]) -> Callable[[Sequence[Any]], Any]:
-    """A function that answers questions with contenders, each made when it is first asked.
+    """A function that answers requests with contenders, each made at its first request.
 
-    A question is a name, the contender of this name, a method of the contender, and its arguments.
+    A request is a name, the contender of this name, a method of the contender, and its arguments.
     """
     contenders: dict[str, Any] = {}
 
-    def answer(question: Sequence[Any]) -> Any:
-        name, contender, method, *arguments = question
+    def answer(request: Sequence[Any]) -> Any:
+        name, contender, method, *arguments = request
         if name not in contenders:
             contenders[name] = make(contender)
         return getattr(contenders[name], method)(*arguments)
@@ -68,10 +68,10 @@ def contender_answers(make: Callable[[str], Any]) -> Callable[[Sequence[Any]], A
 class WorkerPool:
     """The contenders' processes, started when they are needed.
 
-    Each contender has a process of its own, but for those that are `together` in one. Where only
-    one process at a time can use the device (a TPU), all share one. A contender whose process has
+    Each contender has a process of its own, except those `together`, which share one. If only one
+    process at a time can use the device (a TPU), all share one. A contender whose process has
     ended is no longer asked; `failed` says how it ended. `names` are names of contenders, or a dict
-    from other names to contenders: then one contender may take part under several names.
+    from other names to contenders, in which one contender may occur under several names.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class WorkerPool:
         self.workers: dict[str, Worker] = {}
         self.failed: dict[str, str] = {}
 
-    def ask(self, name: str, *question: Any) -> dict[str, Any]:
+    def ask(self, name: str, *request: Any) -> dict[str, Any]:
         """A contender's answer under its name; empty if its process has ended."""
         if name in self.failed:
             return {}
@@ -92,7 +92,7 @@ class WorkerPool:
         if process not in self.workers:
             self.workers[process] = Worker(self.suite, **self.device.variables)
         try:
-            return {name: self.workers[process].ask((name, self.contenders[name], *question))}
+            return {name: self.workers[process].ask((name, self.contenders[name], *request))}
         except Ended as error:
             say(f"{name}: {error}")
             ended = [other for other in self.names if self.processes[other] == process]
@@ -101,7 +101,7 @@ class WorkerPool:
             return {}
 
     def in_turn(self, names: Sequence[str], first: int) -> dict[str, float]:
-        """A sample of each, one after another; `first` (modulo their number) takes the first."""
+        """A sample of each contender, one after another, beginning with number `first` (modulo)."""
         first %= len(names)
         samples = {}
         for name in (*names[first:], *names[:first]):
@@ -111,7 +111,7 @@ class WorkerPool:
     def measure(
         self, names: Sequence[str], case: Sequence[Any], rounds: int
     ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-        """What each contender's `prepare` returns, and the samples of some rounds."""
+        """The answer of each contender's `prepare`, and the samples of the rounds."""
         answers: dict[str, Any] = {}
         for name in names:  # one by one: their temporaries may be as large as their arrays
             answers |= self.ask(name, "prepare", *case)

@@ -173,7 +173,7 @@ def test_large_batches_take_fewer_rounds_and_have_fewer_values(monkeypatch):
     # free memory is used.
     table_bytes = 2 * 3 * 4 * 1_000_000 * 64
     for spare, fits in ((batch_bytes + 1, True), (batch_bytes - 1, False)):
-        monkeypatch.setattr(rows, "_memory", lambda path, what, n=spare: (table_bytes + n) / 0.8)
+        monkeypatch.setattr(rows, "_memory", lambda path, field, n=spare: (table_bytes + n) / 0.8)
         assert rows.fits(pool, rows.MAIN) == fits
 
 

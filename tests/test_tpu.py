@@ -210,7 +210,7 @@ def test_only_large_batches_are_a_loop():
     cases = {**programs.large_cases(1000, 64), **programs.many_tables()[2]}
     cases["usual"] = ("rows", "exact_rows", 64, 1000)
     expected = {name: 32 if "65,536" in name else 0 for name in cases}
-    assert {name: programs.block_turns(case) for name, case in cases.items()} == expected
+    assert {name: programs.block_iterations(case) for name, case in cases.items()} == expected
 
 
 def test_what_makes_large_arrays():

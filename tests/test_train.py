@@ -551,8 +551,8 @@ def test_the_estimated_softmax_is_the_full_one_on_average(monkeypatch):
 
 
 def test_held_out_loss_counts_every_window_once(monkeypatch):
-    monkeypatch.setattr(model, "_EVALUATED", 4)
-    monkeypatch.setattr(model, "_TOGETHER", 2)
+    monkeypatch.setattr(model, "_PER_CALL", 4)
+    monkeypatch.setattr(model, "_AT_A_TIME", 2)
     params = model.init(0, np.array([0.5, 0.25, 0.25]), 2, 4, 4)
     held_out = Windows(np.array([[0, 0, 1], [0, 2, 1]]), 2, 3)
     # At first the model predicts each word with its frequency.

@@ -1,9 +1,9 @@
-"""The training job: a next-word model on real text, with every kind of part in its chain.
+"""The training job: a next-word model on real text, with a whole chain of transforms.
 
-`job` is what to read first: the optimizer, the step and the loop. `model` has the parameters and
-the loss, `data` makes batches of numbers of a text, `checkpoints` saves and restores a run,
-`report` shows what came of it, and `compare` trains with each of `--rows`. `options` says
-what there is to choose; `launcher` and `processes` make one job of several processes.
+Read `job` first: it has the optimizer, the step and the loop. `model` has the parameters and the
+loss, `data` makes batches from a text, `checkpoints` saves and restores a run, `report` writes its
+results, and `compare` trains with each choice of `--rows`. `options` has the command line.
+`launcher` and `processes` run one job in several processes.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from benchmarks.train.options import RUNS, UserError, parse
 def main(argv: list[str]) -> int:
     """Runs the job; returns the exit status.
 
-    It is 0; 2 if the user must change something; `LOST` if another process cannot be reached any
-    more; or 128 + signal.
+    It is 0; 2 if the user must change something; `LOST` if another process cannot be reached; or
+    128 + signal.
     """
     is_member = "--meet" in argv  # one of the processes that a launcher started
     with Interruption() as interruption:
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
             traceback.print_exc()
             status = 1
     if is_member:
-        # The interpreter's own end would wait for the others.
+        # A normal exit of the interpreter would wait for the other processes.
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         os._exit(status)
@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace, argv: list[str], interruption: Interruptio
 
 @contextlib.contextmanager
 def _folder(options: argparse.Namespace, interruption: Interruption) -> Iterator[None]:
-    """Makes the folder of a new run, and removes it in the end unless there is something in it."""
+    """Makes the folder of a new run, and removes it in the end if it is empty."""
     if options.resume or options.folder or options.process:
         yield
         return

@@ -18,16 +18,16 @@ from benchmarks.train.options import Config, UserError
 
 @dataclass
 class Run:
-    """A run's place and progress."""
+    """A run: its configuration, files and progress."""
 
     config: Config
-    files: list[str]  # those of the text, none for this Python's own
+    files: list[str]  # of the text; empty for the text of this Python's installation
     folder: Path | None = None
-    digest: str = ""  # of the text
-    losses: list[float] = field(default_factory=list)  # of the steps that are taken
-    # Losses of held-out text, `None` where they were not evaluated.
+    digest: str = ""  # of the text, as `data.Text.digest`
+    losses: list[float] = field(default_factory=list)  # of the steps taken so far
+    # The losses on held-out text by name; `None` if not evaluated.
     held_out: dict[str, float | None] = field(default_factory=dict)
-    params: Any = None  # and the state: what the next step starts from
+    params: Any = None  # parameters and state before the next step
     state: Any = None
 
     @property
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the run is finished, and what came of it was written down."""
+        """Whether all steps are taken, and the results evaluated and written."""
         try:
             return json.loads((self.folder / "metrics.json").read_bytes())["finished"]
         except (OSError, ValueError, KeyError):
@@ -45,7 +45,7 @@ class Run:
 
 
 def write(path: Path, content: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file, which takes the old one's place at the end."""
+    """Writes a file, which replaces the old one when it is complete."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         content(file)
@@ -63,10 +63,10 @@ _ABOUT = ("files", "digest", "losses", "held_out")
 
 
 def save(run: Run) -> None:
-    """Writes a run as it is, so that it goes on with the same bits.
+    """Writes a run as it is, so that it resumes with the same bits.
 
-    Under `exact_rows` rows may lag behind in it: brought up to date in between they would be
-    rounded once more. What a finished run leaves is up to date.
+    Under `exact_rows` its rows may lag behind: to bring them up to date would round them once more.
+    A finished run is brought up to date before it is saved.
     """
     about = {name: getattr(run, name) for name in _ABOUT}
     about["config"] = dataclasses.asdict(run.config)
@@ -77,10 +77,10 @@ def save(run: Run) -> None:
 
 
 def load(folder: Path, chosen: Mapping[str, Any]) -> tuple[Run, dict[str, np.ndarray]]:
-    """Reads a run, and its parameters and state by name.
+    """Reads a run, and the arrays of its parameters and state by name.
 
     Raises:
-      UserError: there is none, or it has other options than those that were chosen.
+      UserError: there is no checkpoint, or its options differ from the chosen ones.
     """
     path = folder / "checkpoint.npz"
     try:
@@ -93,8 +93,7 @@ def load(folder: Path, chosen: Mapping[str, Any]) -> tuple[Run, dict[str, np.nda
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a checkpoint of this job ({error})") from None
     for name, value in chosen.items():
-        own = getattr(run.config, name)
-        if own != value:
+        if (own := getattr(run.config, name)) != value:
             raise UserError(
                 f"{folder}: this run has {name.replace('_', ' ')} {own}, not {value}; leave the "
                 "option out, or start a new run"
@@ -103,15 +102,15 @@ def load(folder: Path, chosen: Mapping[str, Any]) -> tuple[Run, dict[str, np.nda
 
 
 def restore(run: Run, arrays: Mapping[str, np.ndarray]) -> None:
-    """Puts the arrays of a checkpoint in the place of a run's parameters and state."""
+    """Replaces a run's parameters and state by the arrays of a checkpoint."""
     trees = {"params": run.params, "state": run.state}
     leaves = _named_leaves(trees)
     expected, found = (
         {name: (x.shape, x.dtype) for name, x in named.items()} for named in (leaves, arrays)
     )
     if expected != found:
-        raise UserError(f"{run.folder}: the checkpoint is another version's; start a new run")
-    # Copies: what NumPy owns cannot be donated.
+        raise UserError(f"{run.folder}: the checkpoint is of another version; start a new run")
+    # NumPy's memory cannot be donated, so the arrays are copied.
     copies = [jnp.array(arrays[name], copy=True) for name in leaves]
     trees = jax.tree.unflatten(jax.tree.structure(trees), copies)
     run.params, run.state = trees["params"], trees["state"]

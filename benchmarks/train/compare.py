@@ -21,7 +21,7 @@ _STEPS_A_TURN = 10
 
 
 class _Contender:
-    """One way of treating rows, and how far it has come."""
+    """A training with one choice of `--rows`."""
 
     def __init__(self, config: Config, text: data.Text):
         vocabulary = len(text.words)
@@ -34,10 +34,10 @@ class _Contender:
         self.compile_seconds = time.perf_counter() - began
         self.losses: list[float] = []
 
-    def take(self, steps: int) -> float:
+    def run_steps(self, steps: int) -> float:
         """Takes steps; returns the median of their seconds.
 
-        The first is left out: the caches still hold the arrays of the contender before.
+        The first step is left out, as the caches still have the previous contender's arrays.
         """
         seconds = []
         for _ in range(steps):
@@ -58,8 +58,8 @@ class _Contender:
 def _results(config: Config, text: data.Text) -> dict[str, Any]:
     """Trains all contenders, and compares them.
 
-    In a round each contender takes a turn. Another one begins in the next round. A ratio is of two
-    times of the same round.
+    In a round, each contender takes a few steps; the order rotates from round to round. A ratio is
+    of two times of the same round.
     """
     contenders = {rows: _Contender(dataclasses.replace(config, rows=rows), text) for rows in ROWS}
     seconds: list[dict[str, float]] = []
@@ -67,8 +67,8 @@ def _results(config: Config, text: data.Text) -> dict[str, Any]:
     for number in range(config.steps // steps_a_turn):
         first = number % len(ROWS)
         order = [*list(ROWS)[first:], *list(ROWS)[:first]]
-        seconds.append({name: contenders[name].take(steps_a_turn) for name in order})
-        latest = {name: one.losses[-1] for name, one in contenders.items()}
+        seconds.append({name: contenders[name].run_steps(steps_a_turn) for name in order})
+        latest = {name: contender.losses[-1] for name, contender in contenders.items()}
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in latest.items())
         print(f"step {(number + 1) * steps_a_turn:,}: {losses}", flush=True)
         if not all(map(math.isfinite, latest.values())):
@@ -76,17 +76,17 @@ def _results(config: Config, text: data.Text) -> dict[str, Any]:
     del seconds[0]  # the first round also fills caches
 
     held_out = data.Windows(text.held_out, config.context, text.boundary)
-    losses_of_none = np.array(contenders["none"].losses)
+    none_losses = np.array(contenders["none"].losses)
     table = {}
-    for name, one in contenders.items():
-        losses = np.array(one.losses)
+    for name, contender in contenders.items():
+        losses = np.array(contender.losses)
         table[name] = {
             "ms": spread([1e3 * s[name] for s in seconds]),
             "ratio_to_none": spread([s[name] / s["none"] for s in seconds]),
-            "compile_seconds": one.compile_seconds,
-            "held_out_loss": one.held_out_loss(held_out),
+            "compile_seconds": contender.compile_seconds,
+            "held_out_loss": contender.held_out_loss(held_out),
             "training_loss": losses[steps_a_turn - 1 :: steps_a_turn].tolist(),
-            "largest_difference_to_none": float(np.abs(losses - losses_of_none).max()),
+            "largest_difference_to_none": float(np.abs(losses - none_losses).max()),
         }
     params = contenders["none"].params
     return {
@@ -102,7 +102,7 @@ def _results(config: Config, text: data.Text) -> dict[str, Any]:
 
 
 def _show(results: dict[str, Any]) -> None:
-    head = ["rows", "step, ms (quartiles)", "of the time of none", "compile, s"]
+    head = ["rows", "step, ms (quartiles)", "of none's time", "compile, s"]
     head += ["training", "held-out", "largest difference"]
     table = []
     for name, row in results["rows"].items():
@@ -111,7 +111,7 @@ def _show(results: dict[str, Any]) -> None:
         difference = f"{row['largest_difference_to_none']:.1e}"
         table.append([name, *times, f"{row['compile_seconds']:.1f}", *losses, difference])
     print(f"\n{markdown(head, table)}\n")
-    print("Losses are in nats; the largest difference is of one step's training loss from none's.")
+    print("Losses are in nats. Largest difference: that of a step's training loss from none's.")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Real text as batches of word numbers, the held-out split, and two models that count words.
 
-A text is cut into blocks of consecutive tokens, of which every so many is held out. What is
-learned, the vocabulary and the counts included, comes from the other blocks alone.
+A text is cut into blocks of consecutive tokens, some of which, at equal distances, are held out.
+The vocabulary, the counts and the training come from the other blocks alone.
 """
 
 import functools
@@ -24,12 +24,11 @@ UNKNOWN = "<unk>"
 # A word, identifier or number, or a run of one punctuation mark.
 _TOKEN = re.compile(r"\w+|([^\w\s])\1*")
 
-_BLOCK = 1024
-_FEWEST = 2_000
-_HELD_OUT = 65_536
+# In tokens: a block, the shortest text, and the held-out part of a long text.
+_BLOCK, _SHORTEST, _HELD_OUT = 1024, 2_000, 65_536
 
-# Other people's packages, tests (many installations lack them), tables of numbers, and the
-# documentation's topics, which are read as text rather than as source.
+# Folders that are left out: installed packages, tests (many installations lack them), encodings
+# (tables of numbers), and the documentation's topics, which are read as text, not as source.
 _LEFT_OUT = re.compile(r"(site|dist)-packages|(idle_)?tests?|encodings|pydoc_data")
 
 
@@ -37,7 +36,7 @@ _LEFT_OUT = re.compile(r"(site|dist)-packages|(idle_)?tests?|encodings|pydoc_dat
 
 
 def installation() -> tuple[str, list[str]]:
-    """What the text is, and the documentation and library sources of the running Python."""
+    """A description, and the documentation and library sources of the running Python."""
     library = Path(sysconfig.get_path("stdlib"))
     names = sorted(path.relative_to(library).as_posix() for path in library.rglob("*.py"))
     paths = [library / name for name in names if not any(map(_LEFT_OUT.fullmatch, name.split("/")))]
@@ -46,7 +45,7 @@ def installation() -> tuple[str, list[str]]:
         raise UserError("this Python comes without its library's sources: give files with --text")
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:  # some distributions package it apart
+    except ImportError:  # some distributions package the topics separately
         topics = {}
     texts[:0] = [topics[name] for name in sorted(topics)]
     what = f"the documentation and library sources of Python {platform.python_version()}"
@@ -54,7 +53,7 @@ def installation() -> tuple[str, list[str]]:
 
 
 def read_files(paths: Sequence[str]) -> tuple[str, list[str]]:
-    """What the text is, and the user's files, which must hold UTF-8 text."""
+    """A description, and the texts of the user's files, which must be UTF-8."""
     texts = []
     for path in paths:
         try:
@@ -88,14 +87,14 @@ def split_words(text: str) -> list[str]:
 class Text:
     """Tokens as numbers, in blocks."""
 
-    description: str  # what the text is, for people
+    description: str  # for people
     words: tuple[str, ...]  # most frequent first after `UNKNOWN`, which has the number 0
     training: np.ndarray  # int32 [blocks, tokens]
     held_out: np.ndarray  # int32 [blocks, tokens], nowhere among the training blocks
 
     @property
     def boundary(self) -> int:
-        """The number that stands for what is before a block."""
+        """The number that pads the context of a block's first words."""
         return len(self.words)
 
     def __str__(self) -> str:
@@ -104,7 +103,7 @@ class Text:
         return f"text: {self.description}\n      {sizes}"
 
     def digest(self) -> str:
-        """The same for two texts if and only if a model sees the same in both."""
+        """A hash of the words and numbers, which are all that a model sees of a text."""
         digest = hashlib.sha256("\n".join(self.words).encode())
         for part in (self.training, self.held_out):
             digest.update(repr(part.shape).encode() + part.astype("<i4").tobytes())
@@ -117,14 +116,14 @@ def read(files: Sequence[str], most_words: int) -> Text:
 
 
 def make_text(description: str, texts: Sequence[str], most_words: int) -> Text:
-    """Numbers the words of texts: the most frequent that occur at least twice in training.
+    """A text whose words are the most frequent that occur at least twice in training.
 
-    Held out is one block in 16, of a long text fewer: about 65,536 tokens.
+    One block in 16 is held out; of a long text fewer, about 65,536 tokens.
     """
     tokens = [word for text in texts for word in split_words(text)]
-    if len(tokens) < _FEWEST:
+    if len(tokens) < _SHORTEST:
         raise UserError(
-            f"the text is too small: {len(tokens):,} tokens, at least {_FEWEST:,} are needed"
+            f"the text is too small: {len(tokens):,} tokens, at least {_SHORTEST:,} are needed"
         )
     size = min(_BLOCK, len(tokens) // 32)
     blocks = [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]
@@ -147,9 +146,9 @@ def make_text(description: str, texts: Sequence[str], most_words: int) -> Text:
 
 
 class Windows:
-    """The windows of blocks, one for each token: it, and as many before it as the width says.
+    """The windows of blocks, one for each token: the token, and the `width` tokens before it.
 
-    None reaches into another block; the boundary's number stands for what is before a block.
+    No window reaches into another block: before a block there are boundary numbers.
     """
 
     def __init__(self, blocks: np.ndarray, width: int, boundary: int):
@@ -158,15 +157,15 @@ class Windows:
         self.starts = np.arange(blocks.size, dtype=np.int32)  # the number of each window
 
     def at(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of windows by number, the words before, int32[n, width], and those to predict."""
+        """The contexts, int32[n, width], and the words to predict, of windows given by number."""
         tokens = self.windows[np.unravel_index(starts, self.windows.shape[:2])]
         return tokens[:, :-1], tokens[:, -1]
 
 
 class Batches:
-    """Batches of windows in an order that depends on nothing but the seed and the step.
+    """Batches of windows, in an order that depends only on the seed.
 
-    Every window comes once an epoch; a batch may lie across two.
+    Every window comes once in an epoch; a batch may extend over two epochs.
     """
 
     def __init__(self, windows: Windows, size: int, seed: int):
@@ -179,7 +178,7 @@ class Batches:
         self.order = order
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """A step's batch, as of `Windows.at`."""
+        """A step's batch, as `Windows.at` returns it."""
         windows = len(self.windows.starts)
         epoch, place = np.divmod(np.arange(self.size) + step * self.size, windows)
         starts = np.empty(self.size, np.int32)
@@ -192,22 +191,22 @@ class Batches:
 
 
 def unigram(text: Text) -> np.ndarray:
-    """The probability of each word by its frequency, half a count added to each."""
+    """The probability of each word: its frequency, with half a count added."""
     counts = np.bincount(text.training.ravel(), minlength=len(text.words)) + 0.5
     return counts / counts.sum()
 
 
 def _pairs(blocks: np.ndarray, boundary: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every token of blocks with the one before it."""
+    """For every token of blocks, the token before it and the token itself."""
     before = np.pad(blocks[:, :-1], ((0, 0), (1, 0)), constant_values=boundary)
     return before.ravel().astype(np.int64), blocks.ravel().astype(np.int64)
 
 
 class Bigram:
-    """Interpolated Kneser-Ney: what followed a word, and how many words each word followed.
+    """Interpolated Kneser-Ney: counts of pairs, and of the different words that each word follows.
 
-    The seen pairs give up `discount` of a count each; that share goes to all words in the
-    proportion of the different words that they were seen after.
+    The count of each seen pair is reduced by `discount`. The probability that this frees goes to
+    all words, in proportion to the number of different words that each follows.
     """
 
     def __init__(self, blocks: np.ndarray, words: int):
@@ -223,22 +222,21 @@ class Bigram:
         self.discount = once / max(once + 2 * twice, 1)
 
     def probability(self, before: np.ndarray, word: np.ndarray) -> np.ndarray:
-        """Of each word after the one before it."""
+        """The probability of each word after the word before it."""
         key = before * self.words + word
         at = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
         count = np.where(self.keys[at] == key, self.counts[at], 0)
-        spared = np.maximum(count - self.discount, 0.0)
+        kept = np.maximum(count - self.discount, 0.0)
         freed = self.discount * self.followers[before] * self.any_context[word]
         total = self.total[before]
-        return np.where(total > 0, (spared + freed) / np.maximum(total, 1), self.any_context[word])
+        return np.where(total > 0, (kept + freed) / np.maximum(total, 1), self.any_context[word])
 
 
 def counted_losses(text: Text) -> dict[str, float]:
-    """The held-out losses of both models: mean of -log probability, in nats a token."""
+    """The held-out losses of both models: the mean of -log probability, in nats a token."""
     bigram = Bigram(text.training, len(text.words))
-    of_pairs = bigram.probability(*_pairs(text.held_out, text.boundary))
-    of_words = unigram(text)[text.held_out]
-    return {
-        "unigram": float(-np.log(of_words).mean()),
-        "bigram": float(-np.log(of_pairs).mean()),
+    probabilities = {
+        "unigram": unigram(text)[text.held_out],
+        "bigram": bigram.probability(*_pairs(text.held_out, text.boundary)),
     }
+    return {name: float(-np.log(x).mean()) for name, x in probabilities.items()}

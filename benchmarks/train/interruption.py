@@ -10,13 +10,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Takes SIGINT and SIGTERM within a `with` block."""
+    """Handles SIGINT and SIGTERM within a `with` block."""
 
     def __init__(self) -> None:
-        self.times = 0  # how many came
+        self.times = 0  # how many signals came
         self._last = signal.SIGINT
-        # What the first one does, the second and so on, in words. A further one ends the process
-        # at once, after a call of `at_exit`.
+        # The text printed at the first signal, the second and so on. A signal beyond these ends the
+        # process at once, after a call of `at_exit`.
         self.answers: tuple[str, ...] = ()
         self.at_exit: Callable[[], None] = lambda: None
 
@@ -31,8 +31,8 @@ class Interruption:
             _print(self.answers[self.times - 1])
 
     def _watch(self, pipe: int) -> None:
-        # Python runs a handler when the compiler returns, which may take long; a thread does not
-        # wait for that.
+        # Python runs a handler only after the compiler returns, which may take long. This thread
+        # does not wait for that.
         times = 0
         while number := os.read(pipe, 1):
             times += number[0] in SIGNALS
@@ -48,7 +48,7 @@ class Interruption:
         threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
         self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._handlers = {number: signal.signal(number, self._count) for number in SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which a launcher has blocked
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by the launcher
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -59,5 +59,6 @@ class Interruption:
 
 
 def _print(text: str) -> None:
-    # A handler may interrupt a print; this needs no lock. A terminal may show a progress bar.
+    # A handler may interrupt a print, so this must not wait for its lock. On a terminal, a progress
+    # bar may be in the line.
     os.write(2, f"{os.linesep if os.isatty(2) else ''}train: {text}\n".encode())

@@ -36,9 +36,9 @@ _ANSWERS = (
 
 
 def optimizer(config: Config, vocabulary: int, devices: int = 1) -> adamjax.Transform:
-    """The whole chain: gradients are clipped, scaled by Adam and decayed; weights are averaged.
+    """The whole chain: clip, Adam, weight decay, learning rate, and an average of the weights.
 
-    The rate warms up and follows a cosine. The gradients of several devices are summed first.
+    The rate warms up and then follows a cosine. Gradients of several devices are summed first.
     """
     warm = config.steps // 10
     rate = adamjax.cosine_decay(config.learning_rate, decay_steps=config.steps - warm)
@@ -53,17 +53,16 @@ def optimizer(config: Config, vocabulary: int, devices: int = 1) -> adamjax.Tran
     )
     if config.rows == "exact":
         chain = adamjax.exact_rows(chain, model.tables(vocabulary))
-    # Neither `sum_over` nor `identity` has a state, so a run may go on in any number of processes.
+    # Neither `sum_over` nor `identity` has a state, so a run may resume in any number of processes.
     return adamjax.chain(adamjax.sum_over(AXIS) if devices > 1 else adamjax.identity(), chain)
 
 
 def train_step(
     config: Config, tx: adamjax.Transform, vocabulary: int, mesh: Mesh
 ) -> Callable[..., Any]:
-    """A jitted function of parameters and state, which it donates, and a batch.
+    """A jitted step `(params, state, batch) -> (params, state, loss)` that donates the first two.
 
-    It returns the new parameters and state, and the loss. With `--rows none` the gradients of the
-    tables are dense. Otherwise they are row gradients.
+    With `--rows none` the gradients of the tables are dense. Otherwise they are row gradients.
     """
     # `exact_rows` knows its tables itself.
     tables = model.tables(vocabulary) if config.rows in ("lazy", "dense") else None
@@ -73,7 +72,7 @@ def train_step(
     def share_of_loss(params: Any, batch: model.Batch) -> jax.Array:
         return model.loss(params, batch) / mesh.size
 
-    # Each device differentiates its share of the loss. What they exchange are gradients of rows.
+    # Each device differentiates its share of the loss.
     step = adamjax.train_step(share_of_loss, tx, tables=tables)
 
     def on_each(params: Any, state: Any, batch: model.Batch) -> Any:
@@ -81,13 +80,13 @@ def train_step(
         return params, state, jax.lax.psum(loss, AXIS)
 
     specs = P(), P(), model.Batch(P(AXIS), P(AXIS), P())
-    # With `check_vma`, shard_map would sum the gradients of the shares; `sum_over` does that here.
+    # With `check_vma`, shard_map would sum the gradients, but `sum_over` does that.
     whole = jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     return jax.jit(whole, donate_argnums=(0, 1))
 
 
 def up_to_date(tx: adamjax.Transform, params: Any, state: Any) -> tuple[Any, Any]:
-    """Parameters and state, which are donated, with no row lagging behind."""
+    """Parameters and state with all rows up to date; the arguments are donated."""
     exact = tx.transforms[-1]
     if not isinstance(exact, adamjax.exact_rows):
         return params, state
@@ -99,12 +98,12 @@ def up_to_date(tx: adamjax.Transform, params: Any, state: Any) -> tuple[Any, Any
 
 
 def initial(config: Config, text: data.Text) -> dict[str, Any]:
-    """The parameters that a run starts with."""
+    """The initial parameters of a run."""
     return model.init(config.seed, data.unigram(text), config.context, config.dim, config.hidden)
 
 
 def all_batches(config: Config, text: data.Text) -> Callable[[int], model.Batch]:
-    """The batch of each step, by the step's number."""
+    """A function from a step's number to its batch."""
     windows = data.Windows(text.training, config.context, text.boundary)
     batches = data.Batches(windows, config.batch, config.seed)
 
@@ -115,7 +114,7 @@ def all_batches(config: Config, text: data.Text) -> Callable[[int], model.Batch]
 
 
 def run(options: argparse.Namespace, interruption: Interruption) -> int:
-    """Trains, or goes on with a run; returns the exit status."""
+    """Starts or resumes a run; returns the exit status."""
     began = time.perf_counter()
     run, saved = _new_or_saved(options)
     if saved and run.is_evaluated:
@@ -141,7 +140,7 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
 
     def evaluate(weights: Any) -> float | None:
         def is_given_up() -> bool:
-            # Ctrl-C came as often as there are answers; the last one is to skip the evaluation.
+            # The last of the answers skips the evaluation.
             return 0 < interruption.times >= len(interruption.answers)
 
         return model.held_out_loss(weights, held_out, is_given_up, processes)
@@ -156,7 +155,7 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
     seconds = {"compile": 0.0, "train": 0.0}
     if not run.is_finished:
         seconds = _train(run, tx, text, options, processes, interruption)
-        # What is interrupted is saved as it is, what is finished is saved up to date: see `save`.
+        # An interrupted run is saved as it is, a finished run up to date: see `save`.
         if processes.is_first and not run.is_finished:
             checkpoints.save(run)
         run.params, run.state = up_to_date(tx, run.params, run.state)
@@ -177,7 +176,7 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def _new_or_saved(options: argparse.Namespace) -> tuple[Run, dict[str, np.ndarray] | None]:
-    """A run that begins, or the one to go on with and the arrays of its checkpoint."""
+    """A new run, or the run to resume and the arrays of its checkpoint."""
     files = [str(Path(path).resolve()) for path in options.text or []]
     if not options.resume:
         return Run(options.config, files, options.folder), None
@@ -194,9 +193,9 @@ def _train(
     processes: Processes,
     interruption: Interruption,
 ) -> dict[str, float]:
-    """Compiles the step and takes the steps that are left, or fewer when it is interrupted.
+    """Compiles the step and takes the remaining steps, or fewer if interrupted.
 
-    Returns the seconds that each of the two took.
+    Returns the seconds of both.
     """
     config, mesh, batch = run.config, processes.mesh(), all_batches(run.config, text)
     taken = len(run.losses)
@@ -207,9 +206,9 @@ def _train(
     step = step.lower(run.params, run.state, batch(taken)).compile()
     compiled = time.perf_counter()
 
-    # From here on there is something to lose: Ctrl-C ends the job after the step.
+    # From here on work could be lost, so Ctrl-C ends the job only after the step.
     interruption.answers = _ANSWERS
-    # Wait until this is so in all processes: a signal that ended one of them would end all.
+    # Wait until all processes are here: a signal that ended one of them would end all.
     processes.any(False)
     devices = f", on {mesh.size} devices of {processes.count} processes" if mesh.size > 1 else ""
     say(

@@ -22,32 +22,32 @@ from benchmarks.train.options import resume_command
 # The exit status of a process that can no longer reach another one.
 LOST = 3
 
-# In seconds: how long the others may take to end by themselves, and how often processes are polled.
+# In seconds: the time that the others have to end by themselves, and between polls.
 _GRACE, _INTERVAL = 5, 0.05
 
 
 class Lost(Exception):
-    """Another process cannot be reached any more. The message is the first line of JAX's error."""
+    """Another process cannot be reached. The message is the first line of JAX's error."""
 
 
 def launch(options: argparse.Namespace, argv: Sequence[str], interruption: Interruption) -> int:
     """Runs this machine's processes until all have ended; returns the exit status.
 
-    If one fails, the others are ended as well, and a line says which one it was. All get the
-    signals that the launcher gets. Only the output of this machine's first process is shown.
+    If one fails, the others are ended as well, and a line names the one that failed. The launcher
+    forwards its signals to all. Only the output of this machine's first process is shown.
     """
     interruption.answers = ("", "")  # process 0 prints the answers to signals
     numbers = [options.process] if options.coordinator else list(range(options.processes))
     common = ["--meet", options.coordinator or f"127.0.0.1:{_free_port()}"]
     common += ["--folder", str(options.folder)] if options.folder else []
     errors = {number: tempfile.TemporaryFile() for number in numbers[1:]}  # noqa: SIM115
-    # A process unblocks signals when its handlers are installed.
+    # A process inherits the block, and unblocks signals when its handlers are installed.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     processes = {n: _start([*argv, *common], n, numbers, errors.get(n)) for n in numbers}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def failed() -> list[int]:
-        """The processes that failed; last those that failed because they lost another one."""
+        """The processes that failed; those that failed because they lost another one come last."""
         statuses = {number: process.poll() for number, process in processes.items()}
         expected = (None, 0, *(128 + number for number in SIGNALS))
         unexpected = [number for number, status in statuses.items() if status not in expected]
@@ -77,7 +77,7 @@ def launch(options: argparse.Namespace, argv: Sequence[str], interruption: Inter
         errors[first].seek(0)
         sys.stderr.write(errors[first].read().decode(errors="replace"))
     if status == 2:
-        return 2  # the process has printed what the user must change
+        return 2  # the process has printed what is wrong
     others = "; the others were ended as well" if len(numbers) > 1 else ""
     print(
         f"train: process {first} of {options.processes} {_how_it_ended(status)}{others}\n"
@@ -88,7 +88,6 @@ def launch(options: argparse.Namespace, argv: Sequence[str], interruption: Inter
 
 
 def _free_port() -> int:
-    """A free port of this machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -99,7 +98,7 @@ def _start(
 ) -> subprocess.Popen:
     environment = dict(os.environ)
     if len(numbers) > 1:
-        # Each process takes one of the machine's accelerators.
+        # Each process uses one of the machine's accelerators.
         environment.setdefault("JAX_LOCAL_DEVICE_IDS", str(number))
         if any("_proxy" in name.lower() for name in os.environ):
             environment["no_grpc_proxy"] = "127.0.0.1"
@@ -116,14 +115,14 @@ def _start(
 
 def _how_it_ended(status: int) -> str:
     if status == LOST:
-        return "can no longer reach another one, which may have ended"
+        return "can no longer reach another process, which may have ended"
     if status < 0:
         return f"was ended by {signal.Signals(-status).name}"
     return f"ended with status {status}"
 
 
 def _advice(options: argparse.Namespace) -> str:
-    """How to go on after a process was ended."""
+    """How to resume after a process has failed."""
     folder = options.resume or options.folder
     if folder is None:
         return "to go on, run the command that process 0 prints, with this machine's --process"

@@ -1,10 +1,10 @@
 """A next-word model: it reads the preceding words, and has a hidden layer and a softmax.
 
-Training takes the softmax's sum exactly over the most frequent words and estimates the rest from
-a few drawn at random; whatever is reported of held-out text is the full softmax.
+Training computes the softmax's sum exactly over the most frequent words, and estimates the rest
+from a few drawn at random. The losses of held-out text are those of the full softmax.
 
-So a training step reads rows of two tables, the embedding and the output's kernel. The model says
-which these are, and nothing else of it depends on how their gradients are taken.
+So a training step reads rows of two tables, the embedding and the output's kernel, whose paths
+`tables` has. Nothing else in the model depends on the form of their gradients.
 """
 
 import math
@@ -18,24 +18,23 @@ import numpy as np
 from benchmarks.train.data import Windows
 from benchmarks.train.processes import ALONE, Processes
 
-# The words in every training sum, and how many are drawn from the others.
+# The number of words that are in every training sum, and of those drawn from the others.
 FREQUENT = 2048
 DRAWN = 1024
 
-# Windows that are evaluated in one call, and at a time within it: their logits stay in the cache.
-_EVALUATED = 2048
-_TOGETHER = 128
+# The windows that one call evaluates, and how many at a time, so that logits stay in the cache.
+_PER_CALL = 2048
+_AT_A_TIME = 128
 
 
 def init(seed: int, frequencies: np.ndarray, width: int, dim: int, hidden: int) -> dict[str, Any]:
-    """The parameters of a model that predicts just these frequencies, whatever came before."""
+    """The parameters of a model that predicts these frequencies in every context."""
     rng = np.random.default_rng(seed)
 
     def normal(scale: float, *shape: int) -> jax.Array:
         return jnp.asarray(scale * rng.standard_normal(shape, np.float32))
 
-    words = len(frequencies)
-    inputs = width * dim
+    words, inputs = len(frequencies), width * dim
     return {
         "embedding": normal(0.1, words + 1, dim),  # the last row is the boundary's
         "hidden": {"kernel": normal(inputs**-0.5, inputs, hidden), "bias": jnp.zeros(hidden)},
@@ -48,14 +47,14 @@ def init(seed: int, frequencies: np.ndarray, width: int, dim: int, hidden: int) 
 
 
 def _is_small(vocabulary: int) -> bool:
-    """Whether training takes the full softmax: there is nothing to gain from drawing words."""
+    """Whether training computes the full softmax, because drawing words would save nothing."""
     return vocabulary <= FREQUENT + DRAWN
 
 
 def tables(vocabulary: int) -> list[str]:
-    """Patterns of the tables' paths: leaves of which a step reads some rows only.
+    """Patterns of the tables' paths: leaves of which a step reads only some rows.
 
-    A full softmax reads all of the output's kernel, so there it is none.
+    A full softmax reads the whole kernel of the output, which is then no table.
     """
     return ["^embedding$"] if _is_small(vocabulary) else ["^embedding$", "^output/kernel$"]
 
@@ -64,23 +63,23 @@ def tables(vocabulary: int) -> list[str]:
 
 
 class Batch(NamedTuple):
-    """What a step trains on."""
+    """A step's batch."""
 
     contexts: Any  # int32[batch, width], the words before: rows of the embedding
     words: Any  # int32[batch], those to predict: rows of the output
-    drawn: Any  # int32[DRAWN], rare words, which stand for all; `None` where the softmax is full
+    drawn: Any  # int32[DRAWN], a sample of the rare words; `None` if the softmax is full
 
 
 def draw(vocabulary: int, seed: int, step: int) -> np.ndarray | None:
     """The rare words of a step's batch."""
     if _is_small(vocabulary):
         return None
-    rng = np.random.default_rng((seed, step, 1))  # another stream than that of the epochs
+    rng = np.random.default_rng((seed, step, 1))  # not the stream of the epochs' order
     return rng.integers(FREQUENT, vocabulary, DRAWN, dtype=np.int32)
 
 
 def loss(params: Any, batch: Batch) -> jax.Array:
-    """The training loss of a batch: mean of -log probability, in nats a token."""
+    """The training loss of a batch: the mean of -log probability, in nats a token."""
     features = _features(params, batch.contexts)
     if batch.drawn is None:
         return _full(params, features, batch.words).mean()
@@ -104,11 +103,11 @@ def _estimated(params: Any, features: jax.Array, words: jax.Array, drawn: jax.Ar
 
     chosen = jnp.sum(features * kernel[words], axis=1) + bias[words]
     frequent = features @ kernel[:FREQUENT].T + bias[:FREQUENT]
-    # Each drawn word stands for many; the word to predict, when rare, stands for itself alone.
+    # A drawn word represents many. The word to predict, if rare, is counted once, as itself.
     others = features @ kernel[drawn].T + bias[drawn] + np.log((len(bias) - FREQUENT) / DRAWN)
     others = jnp.where(drawn == words[:, None], -jnp.inf, others)
-    itself = jnp.where(words >= FREQUENT, chosen, -jnp.inf)
-    logits = jnp.concatenate([frequent, others, itself[:, None]], axis=1)
+    own = jnp.where(words >= FREQUENT, chosen, -jnp.inf)
+    logits = jnp.concatenate([frequent, others, own[:, None]], axis=1)
     return jax.nn.logsumexp(logits, axis=1) - chosen
 
 
@@ -117,12 +116,12 @@ def _estimated(params: Any, features: jax.Array, words: jax.Array, drawn: jax.Ar
 
 @jax.jit
 def _summed(params: Any, contexts: jax.Array, words: jax.Array, counts: jax.Array) -> jax.Array:
-    def some(windows: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def losses(windows: tuple[jax.Array, jax.Array]) -> jax.Array:
         contexts, words = windows
         return _full(params, _features(params, contexts), words)
 
-    parts = contexts.reshape(-1, _TOGETHER, contexts.shape[1]), words.reshape(-1, _TOGETHER)
-    return jnp.sum(counts * jax.lax.map(some, parts).ravel())
+    parts = contexts.reshape(-1, _AT_A_TIME, contexts.shape[1]), words.reshape(-1, _AT_A_TIME)
+    return jnp.sum(counts * jax.lax.map(losses, parts).ravel())
 
 
 def held_out_loss(
@@ -131,43 +130,42 @@ def held_out_loss(
     is_given_up: Callable[[], bool],
     processes: Processes = ALONE,
 ) -> float | None:
-    """Mean of -log probability in nats a token, by the full softmax; None when given up.
+    """The mean of -log probability in nats a token, by the full softmax; `None` if given up.
 
-    Processes take parts in turn; what they find, and whether one gave up, is known to all.
+    Each process evaluates every n-th part, and all return the same result.
     """
     starts = held_out.starts
-    sums, left = np.zeros(-(-len(starts) // _EVALUATED)), False
+    sums, gave_up = np.zeros(-(-len(starts) // _PER_CALL)), False
     for i in range(processes.number, len(sums), processes.count):
-        left = is_given_up()
-        if left:
+        if gave_up := is_given_up():
             break
-        # All parts are of one size: what fills up the last one does not count.
-        part = starts[i * _EVALUATED :][:_EVALUATED]
-        fill = (0, _EVALUATED - len(part))
+        # All parts have one size: the last is padded with windows that do not count.
+        part = starts[i * _PER_CALL :][:_PER_CALL]
+        fill = (0, _PER_CALL - len(part))
         counts = np.pad(np.ones(len(part), np.float32), fill)
         sums[i] = float(_summed(params, *held_out.at(np.pad(part, fill)), counts))
-    if processes.any(left):
+    if processes.any(gave_up):
         return None
-    # Each sum is of one process, and the total is exact: the same for any count.
+    # Each sum is from one process, and `fsum` is exact: the result is the same for any count.
     return math.fsum(processes.gathered(sums).ravel()) / len(starts)
 
 
 # --- what it learned ------------------------------------------------------------------------------
 
-_TELLING = ("read", "True", "three", "is", "int", "width", "path", "first")
-_FAMILIAR = 3000  # neighbours are among the most frequent words
+_SHOWN = ("read", "True", "three", "is", "int", "width", "path", "first")
+_CANDIDATES = 3000  # neighbours are among so many most frequent words
 
 
 def neighbours(params: Any, words: Sequence[str], most: int = 5) -> dict[str, list[str]]:
-    """For a few words, those whose embeddings lie in the most similar direction."""
-    names = words[:_FAMILIAR]
+    """For a few words, the words whose embeddings have the largest cosine with theirs."""
+    names = words[:_CANDIDATES]
     table = np.asarray(params["embedding"], np.float32)[: len(names)]
     unit = table / np.linalg.norm(table, axis=1, keepdims=True).clip(1e-12)
     is_word = np.array([name.isalpha() and len(name) > 1 for name in names])
 
-    chosen = [word for word in _TELLING if word in names]
+    chosen = [word for word in _SHOWN if word in names]
     frequent = [word for word in names[20:] if word.isalpha() and len(word) > 3]
-    chosen += [word for word in frequent if word not in chosen][: len(_TELLING) - len(chosen)]
+    chosen += [word for word in frequent if word not in chosen][: len(_SHOWN) - len(chosen)]
 
     near = {}
     for word in chosen:

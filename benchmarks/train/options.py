@@ -1,4 +1,4 @@
-"""The options of the job, and what is refused before anything is read or compiled."""
+"""The options of the job, and their checks, which come before anything is read or compiled."""
 
 import argparse
 import dataclasses
@@ -14,20 +14,20 @@ from typing import Any, NoReturn
 
 RUNS = Path("runs")
 
-# The default of --steps with --compare, and the fewest.
+# With --compare: the default of --steps, and the smallest value.
 COMPARED_STEPS, _FEWEST_COMPARED = 200, 12
 
-# What a step does with the rows of tables, by the name that --rows gives it.
+# The choices of --rows: what a step does with the rows of tables.
 ROWS = {
     "exact": "as with dense gradients, at the cost of the rows read",
-    "lazy": "rows that are read move, all others stand still",
-    "dense": "as with dense gradients, which are not made",
+    "lazy": "only the rows read move",
+    "dense": "as with dense gradients, but without making them",
     "none": "dense gradients",
 }
 
 
 class UserError(Exception):
-    """What is wrong with what the user gave, in one line."""
+    """An error of the user. The message is one line."""
 
 
 def _option(default: Any, help: str, least: float = 0, above: bool = False) -> Any:
@@ -41,7 +41,7 @@ def _option(default: Any, help: str, least: float = 0, above: bool = False) -> A
 
 
 def number(kind: type, least: float, above: bool = False) -> Callable[[str], Any]:
-    """The type of an option, for argparse: a number of at least the least one, or above it."""
+    """The type of an option, for argparse: a number of at least `least`, or above it."""
 
     def parse(text: str) -> Any:
         try:
@@ -59,22 +59,22 @@ def number(kind: type, least: float, above: bool = False) -> Callable[[str], Any
 
 @dataclass(frozen=True)
 class Config:
-    """All that a run's result depends on, besides the text itself."""
+    """Everything that a run's result depends on, besides the text."""
 
     steps: int = _option(500, "optimizer steps", 1)
     batch: int = _option(2048, "words to predict in a step", 1)
-    context: int = _option(8, "words that a prediction sees", 1)
+    context: int = _option(8, "words before a prediction", 1)
     dim: int = _option(128, "numbers in a word's embedding", 1)
     hidden: int = _option(256, "units of the hidden layer", 1)
     vocab: int = _option(24_000, "most words in the vocabulary; they occur at least twice", 2)
     learning_rate: float = _option(1e-2, "largest rate, after a tenth of the steps", above=True)
-    weight_decay: float = _option(1e-2, "share of the weights taken off, times the rate")
+    weight_decay: float = _option(1e-2, "share of the weights to subtract, times the rate")
     seed: int = _option(0, "of the initial weights and the order of the batches")
     rows: str = "exact"
 
     @property
     def momentum(self) -> float:
-        """Of the average of the weights: it looks back over a fifth of the steps."""
+        """The momentum of the weights' average, which looks back over a fifth of the steps."""
         return max(0.0, 1 - 5 / self.steps)
 
 
@@ -87,9 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m benchmarks train",
         description="Trains word embeddings and a next-word model on real text.",
-        epilog="Ctrl-C keeps what was learned so far, to be continued with --resume; on a CPU the "
-        "weights then end bit for bit as without the break. --rows, what a step does with the "
-        "rows of tables: " + "; ".join(f"{name}: {what}" for name, what in ROWS.items()) + ".",
+        epilog="Ctrl-C saves the run, and --resume continues it; on a CPU the weights then end bit "
+        "for bit as without the break. --rows, what a step does with the rows of tables: "
+        + "; ".join(f"{name}: {what}" for name, what in ROWS.items())
+        + ".",
         allow_abbrev=False,
     )
 
@@ -107,17 +108,17 @@ def _parser() -> argparse.ArgumentParser:
     add("rows", how, choices=ROWS, default=argparse.SUPPRESS)
     what = "train with each of --rows in turn instead, and show losses and step times side by side"
     add("compare", f"{what} (default of --steps: {COMPARED_STEPS})", action="store_true")
-    where = "benchmarks/results/PLATFORM/train.json, for the default options alone"
+    where = "benchmarks/results/PLATFORM/train.json, only with the default options"
     add("out", f"the JSON of --compare (default: {where})", type=Path, metavar="FILE")
     seconds = {"type": number(float, 0), "default": 60.0, "metavar": "SECONDS"}
     add("save_every", "between checkpoints while it trains (default: 60)", **seconds)
     how = "train in N processes, on this machine unless --coordinator is given (default: 1)"
     add("processes", how, type=number(int, 1), default=1, metavar="N")
-    how = "a port of process 0's machine; start the same on each machine, but for --process"
+    how = "a port of process 0's machine; start the command on each machine, with its --process"
     add("coordinator", how, metavar="HOST:PORT")
-    how = "with --coordinator: which of the N processes this machine's is, from 0"
+    how = "with --coordinator: the number of this machine's process, from 0"
     add("process", how, type=number(int, 0), metavar="I")
-    # What the launcher adds for each process: where they meet, its number, and the run's folder.
+    # Added by the launcher: HOST:PORT of process 0, the process' number, and the run's folder.
     add("meet", argparse.SUPPRESS)
     add("number", argparse.SUPPRESS, type=int)
     add("folder", argparse.SUPPRESS, type=Path)
@@ -125,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options; `chosen` holds those of `Config` that were given, `config` has all.
+    """The options; `chosen` has the given options of `Config`, `config` has all.
 
     Raises:
       UserError: they do not fit together, or a file or folder that they name cannot be used.
@@ -135,17 +136,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.chosen = {name: x for name, x in vars(options).items() if name in names}
     steps = {"steps": COMPARED_STEPS} if options.compare else {}
     options.config = Config(**{**steps, **options.chosen})
-    for fault in _faults(options):
+    for fault in _faults(options):  # the first one
         raise UserError(fault)
     return options
 
 
 def _faults(options: argparse.Namespace) -> Iterator[str]:
     config, name, process = options.config, options.name, options.process
-    share = config.learning_rate * config.weight_decay
-    if share >= 1:
-        yield f"--learning-rate times --weight-decay must be below 1, got {share:g}"
-    # A run that is resumed has its own batch, which is not known yet.
+    decay_of_a_step = config.learning_rate * config.weight_decay
+    if decay_of_a_step >= 1:
+        yield f"--learning-rate times --weight-decay must be below 1, got {decay_of_a_step:g}"
+    # The batch size of a resumed run is not known yet.
     if not options.resume and config.batch % options.processes:
         yield f"--batch {config.batch} is not a multiple of --processes {options.processes}"
     if (options.coordinator is None) != (process is None):
@@ -158,20 +159,20 @@ def _faults(options: argparse.Namespace) -> Iterator[str]:
         if options.processes > 1:
             yield "--compare runs in one process: leave --processes out"
         if name or options.resume or "rows" in options.chosen:
-            yield "--compare keeps no run and takes all of --rows: leave the others out"
+            yield "--compare saves no run and trains with all of --rows: leave these options out"
         if config.steps < _FEWEST_COMPARED:
             yield f"--compare: expected --steps of at least {_FEWEST_COMPARED}"
         if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
             yield f"--out {options.out}: expected a file in a folder that exists"
     elif options.out:
-        yield "--out is of --compare alone; a run writes to runs/NAME"
+        yield "--out is only for --compare; a run writes to runs/NAME"
     if name is not None and options.resume:
         yield "--name and --resume exclude each other: a resumed run keeps its name"
     if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
         yield f"--name: expected letters, digits, - and ., got {name!r}"
     if not (options.compare or options.resume or options.folder or process):
         if RUNS.exists() and not RUNS.is_dir():
-            yield f"{RUNS} is a file, and the folder of the runs goes there: move it away"
+            yield f"{RUNS} is a file, but must be the folder of the runs: move it away"
         if name and (RUNS / name).exists():
             yield f"{RUNS / name} is there already: choose another --name, or --resume a run"
     for package in ("matplotlib", "tqdm"):

@@ -1,7 +1,7 @@
 """One of several processes: how it works with the others, and how it stops.
 
-All run the same program with the same arguments, and get the same numbers. They share two things:
-in each step, every process differentiates its part of the batch; and they agree when to stop.
+All run the same program with the same arguments, and compute the same numbers. In each step, every
+process differentiates its part of the batch. They agree when to stop.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ AXIS = "data"
 # Seconds without a sign of life after which a process counts as dead (JAX's default is 100).
 _HEARTBEAT = 20
 
-# Words of JAX's errors when another process cannot be reached.
+# Words in JAX's errors about an unreachable process.
 _CONNECTION_WORDS = ("gloo", "nccl", "connection", "peer", "unavailable", "deadline", "timed out")
 
 
@@ -40,7 +40,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that reports and writes."""
+        """Whether this process reports and writes files."""
         return self.number == 0
 
     def mesh(self) -> Mesh:
@@ -61,7 +61,7 @@ class Processes:
             raise Lost(str(error).splitlines()[0]) from error
 
     def gathered(self, numbers: Sequence[float]) -> np.ndarray:
-        """The numbers of all processes, float32[count, n]."""
+        """The numbers of all processes, float32[processes, n]."""
         row = np.asarray(numbers, np.float32)
         if self.count == 1:
             return row[None]
@@ -70,9 +70,9 @@ class Processes:
         with self.raising_lost():
             return np.asarray(multihost_utils.process_allgather(row))
 
-    def any(self, is_so_here: bool) -> bool:
-        """Whether something is so in any process; each says whether it is so in itself."""
-        return bool(self.gathered([is_so_here]).any())
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process."""
+        return bool(self.gathered([flag]).any())
 
     def agree(self, what: str, *values: object) -> None:
         """Raises a `UserError` unless all processes were given the same values."""
@@ -83,7 +83,7 @@ class Processes:
             raise UserError(f"process {others[0]} has {what} other than process 0's")
 
     def leave(self) -> None:
-        """Leaves the job. All processes must call this at the same place; arrays stay usable."""
+        """Leaves the job. All processes must call this at the same point; arrays stay usable."""
         if self.count > 1:
             with self.raising_lost():
                 jax.distributed.shutdown()
@@ -108,17 +108,17 @@ def join(coordinator: str, count: int, number: int) -> Processes:
         jax.distributed.initialize(coordinator, count, number, **options)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--coordinator {coordinator}: {str(error).splitlines()[0]}") from None
-    # JAX has put a handler of its own in place of Python's, and Python does not know of it. Setting
-    # the handler that Python knows puts it back.
+    # JAX has replaced Python's handler, and Python does not know. Setting the handler that Python
+    # knows restores it.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     return Processes(count, number)
 
 
 def on_all_devices(mesh: Mesh, tree: Any) -> Any:
-    """This process' arrays as arrays of the mesh, each device of which has a whole copy."""
+    """This process' arrays as arrays of the mesh, with a whole copy on each device."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def on_one_device(tree: Any) -> Any:
-    """Arrays of which each device has a whole copy, as this process' first copies of them."""
+    """This process' first copy of each array, given arrays with a whole copy on each device."""
     return jax.tree.map(lambda x: x.addressable_data(0), tree)

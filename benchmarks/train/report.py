@@ -20,9 +20,9 @@ def report(
     seconds: dict[str, float],
     processes: int,
 ) -> None:
-    """Writes `metrics.json` and `loss.png`, and prints what matters of them.
+    """Writes `metrics.json` and `loss.png`, and prints a summary.
 
-    `near` has words of similar embeddings, for some words; `tokens` counts those predicted.
+    `near` has neighbours of some words. `tokens` is the number of words predicted.
     """
     speed = round(tokens / seconds["train"]) if tokens else 0
     metrics = {
@@ -58,10 +58,10 @@ def report(
         "after": f"the model after {len(run.losses)} steps",
         "last": "the same, weights not averaged",
     }
-    for name, what in rows.items():
+    for name, label in rows.items():
         loss = run.held_out[name]
         print(
-            f"  {what:30}", "not evaluated" if loss is None else f"{loss:6.3f} {np.exp(loss):8.1f}"
+            f"  {label:30}", "not evaluated" if loss is None else f"{loss:6.3f} {np.exp(loss):8.1f}"
         )
     print("\nnearest embeddings")
     for word, others in near.items():
