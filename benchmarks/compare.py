@@ -147,7 +147,7 @@ def compared(old: Results, new: Results, everything: bool = False) -> str:
             first = "; ".join(" / ".join(name) for name in unmatched[:3])
             more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
             lines.append(f"  only in {label}: {first}{more}")
-    counts = ", ".join(f"{n} {what}" for what, n in Counter(verdicts.values()).most_common())
+    counts = ", ".join(f"{n} {outcome}" for outcome, n in Counter(verdicts.values()).most_common())
     lines.append(f"{len(verdicts)} figures: {counts or 'none in common'}.")
     if any(SLOWER & set(name) for name in changed):
         lines.append(

@@ -153,22 +153,22 @@ def main(argv: list[str]) -> int:
     counts = {"rounds": 10, "sittings": 5}
     suite = Suite("dense", __doc__, PACKAGES, counts, only_chooses="workloads")
     args = suite.parse(argv)
-    here = measure.device(args.quick)
-    every = QUICK if args.quick else workloads(large=here.platform != "cpu")
-    chosen = {name: every[name] for name in suite.chosen(every)}
+    device = measure.device(args.quick)
+    all_workloads = QUICK if args.quick else workloads(large=device.platform != "cpu")
+    chosen = {name: all_workloads[name] for name in suite.chosen(all_workloads)}
     for name, (shapes, *_) in list(chosen.items()):
         needed = BYTES_PER_PARAMETER * size(shapes)
-        if here.memory is not None and here.memory < needed:
+        if device.memory is not None and device.memory < needed:
             del chosen[name]
             say(f"{name}: left out, all contenders together need {needed:,} bytes")
-    contenders = [*measure.installed(*IN_JAX), *(["torch"] if here.torch else [])]
+    contenders = [*measure.installed(*IN_JAX), *(["torch"] if device.torch else [])]
     cases = [(workload, chain) for workload in chosen for chain in chains(workload)]
     suite.results["times"] = rows = []
     for workload, chain in progress(cases, "case"):
         shapes, dtype, _ = chosen[workload]
         samples: list[dict[str, float]] = []
         for _ in range(args.sittings):
-            with WorkerPool("dense", contenders, here, together=IN_JAX) as pool:
+            with WorkerPool("dense", contenders, device, together=IN_JAX) as pool:
                 samples += pool.measure(contenders, (chain, *chosen[workload]), args.rounds)[1]
         names = measure.names_in_every_round(samples, contenders)
         row = {
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> int:
         }
         rows.append(row)
         say_times(f"{workload}, {chain}", row["ms"])
-    here.add_bandwidth(suite.results)
+    device.add_bandwidth(suite.results)
     for row in rows:
         row["fraction"] = {
             name: measure.fraction_of_limit(row["least_bytes"], ms, suite.results["bandwidth"])

@@ -228,17 +228,17 @@ def main(argv: list[str]) -> int:
     modules = {name: "optax" if name == "optax" else "adamjax" for name in CONTENDERS}
     suite = Suite("models", __doc__, packages, counts, modules, only_chooses="models")
     args = suite.parse(argv)
-    every = QUICK if args.quick else MODELS
-    models = {label: every[label] for label in suite.chosen(every)}
+    all_models = QUICK if args.quick else MODELS
+    models = {label: all_models[label] for label in suite.chosen(all_models)}
     names = suite.chosen_contenders()
-    here = measure.device(args.quick)
+    device = measure.device(args.quick)
     suite.results["steps"] = rows = []
     for label in progress(models, "model"):
-        rows.append({"model": label} | measure_steps(models[label], names, args, here))
+        rows.append({"model": label} | measure_steps(models[label], names, args, device))
         say_times(label, rows[-1]["ms"])
-    programs = measure_programs(models[MANY], names, args, here) if MANY in models else []
+    programs = measure_programs(models[MANY], names, args, device) if MANY in models else []
     suite.results["programs"] = programs
-    here.add_bandwidth(suite.results)
+    device.add_bandwidth(suite.results)
     suite.results["traces"] = measure_tracing(models, 2 if args.quick else max(7, args.rounds))
     suite.results["bounds"] = bounds(programs) if programs and not args.quick else []
     return suite.finish()

@@ -261,14 +261,14 @@ class Transformer:
             mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
             return _apply(p["out"], mixed.reshape(b, t, -1))
 
-        read, wanted = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        x = params["embedding"][read] + params["positions"]
+        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        x = params["embedding"][inputs] + params["positions"]
         for layer in params["layers"]:
             x += attention(layer["attention"], norm(x, layer["attention"]["norm"]))
             hidden = _apply(layer["mlp"]["in"], norm(x, layer["mlp"]["norm"]))
             x += _apply(layer["mlp"]["out"], jax.nn.gelu(hidden))
         logits = norm(x, params["norm"]) @ params["output"]
-        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
 
     def batch(self, step: int) -> Batch:

@@ -154,7 +154,7 @@ def _comparisons(results: Results) -> Iterator[tuple[str, str, str, dict[str, fl
             yield "A train step with `exact_rows`", "optax", row["model"], ours
 
 
-def _what_is_slow(results: Results) -> Iterator[str]:
+def _slow_cases(results: Results) -> Iterator[str]:
     """The targets that are missed, and the steps that are slower than another package's."""
     bounds = _rows_of(results, "rows", "bounds") + _rows_of(results, "models", "bounds")
     measured = [row for row in bounds if row["holds"] is not None]
@@ -192,7 +192,7 @@ def summary(results: Results) -> str:
     titles = {
         "How fast steps are": _speed,
         "How close steps come to the limit, and how much memory they need": _limits,
-        "What is slow": _what_is_slow,
+        "What is slow": _slow_cases,
     }
     for title, lines in titles.items() if real else ():
         parts += [f"**{title}**", "\n".join(f"- {line}" for line in lines(real))]

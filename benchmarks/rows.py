@@ -137,8 +137,8 @@ def take_samples(pool: WorkerPool, rounds: dict[Case, int]) -> dict[Case, dict[s
             prepared, samples = pool.measure(names, (case,), rounds[case])
             record["prepared"] |= prepared
             record["failed"] |= pool.failed
-            for one, more in zip(record["samples"], samples, strict=True):
-                one |= more
+            for collected, new in zip(record["samples"], samples, strict=True):
+                collected |= new
         for name in names:
             pool.ask(name, "drop")
     pool.failed = {}  # New processes may try the next table.
@@ -221,8 +221,8 @@ def bounds(
         return 1 / ratios[other][one]["median"] if one in ratios.get(other, {}) else None
 
     def temporaries(*names: str, reads: int = MAIN_READS) -> float | None:
-        here = [row for (count, _), row in main_rows.items() if row and count == reads]
-        sizes = [row["temporary_bytes"].get(name) for row in here for name in names]
+        matching = [row for (count, _), row in main_rows.items() if row and count == reads]
+        sizes = [row["temporary_bytes"].get(name) for row in matching for name in names]
         return max((x for x in sizes if x is not None), default=0) / 1e6 or None
 
     asked: list[tuple[str, str, float, float | None]] = []
@@ -258,29 +258,29 @@ def main(argv: list[str]) -> int:
     modules = {name: package for name, (package, _) in contenders.ALL_CONTENDERS.items()}
     suite = Suite("rows", __doc__, PACKAGES, counts, modules, only_chooses="cases, and 'growth',")
     args = suite.parse(argv)
-    here = measure.device(args.quick)
+    device = measure.device(args.quick)
     main_cases, grid = (QUICK_MAIN, QUICK) if args.quick else (MAIN, GRID)
-    grid = grid + (LARGE if here.platform != "cpu" and not args.quick else [])
+    grid = grid + (LARGE if device.platform != "cpu" and not args.quick else [])
     growth = [] if args.quick else ["growth"]
     chosen = suite.chosen([*(case.name for case in main_cases + grid), *growth])
     main_cases = [case for case in main_cases if case.name in chosen]
     grid = [case for case in grid if case.name in chosen and case not in main_cases]
     names = suite.chosen_contenders()
-    for name in [name for name in names if name.startswith("torch") and not here.torch]:
-        say(f"{name}: left out, torch does not run on this {here.platform}")
+    for name in [name for name in names if name.startswith("torch") and not device.torch]:
+        say(f"{name}: left out, torch does not run on this {device.platform}")
         names.remove(name)
 
     rounds = {case: main_rounds(case, args.rounds) for case in main_cases}
-    table = measure_cases(rounds, names, args.sittings, here)
+    table = measure_cases(rounds, names, args.sittings, device)
     in_grid = [name for name in names if name not in contenders.WHOLE_STEPS]
-    table += measure_cases(dict.fromkeys(grid, args.grid_rounds), in_grid, 1, here)
+    table += measure_cases(dict.fromkeys(grid, args.grid_rounds), in_grid, 1, device)
     grown = []
     if "growth" in chosen and "exact" in names:
-        grown = measure_growth(args.sittings, args.rounds, here)
+        grown = measure_growth(args.sittings, args.rounds, device)
     table.sort(key=lambda row: (row["rows"], row["width"], row["reads"], row["indices"]))
     suite.results |= {"times": table, "growth": grown}
     suite.results["bounds"] = [] if args.quick else bounds(table, grown)
-    here.add_bandwidth(suite.results)
+    device.add_bandwidth(suite.results)
     for row in table:
         case = Case(*(row[name] for name in ("rows", "width", "reads", "indices")))
         row |= {"least_bytes": {}, "fraction": {}}

@@ -192,8 +192,8 @@ def shortest_history(case: Case) -> int:
     raise AssertionError("no history is long enough")
 
 
-def measure(case: Case, steps: int, every: int) -> dict[str, Any]:
-    """The mean and largest errors of all runs of a case, after every `every` steps."""
+def measure(case: Case, steps: int, interval: int) -> dict[str, Any]:
+    """The mean and largest errors of all runs of a case, every `interval` steps."""
     truth, short = float64_run(case), shortest_history(case)
     runs = {
         "dense": adamjax_run(case, None),
@@ -205,7 +205,7 @@ def measure(case: Case, steps: int, every: int) -> dict[str, Any]:
         x = chunk(done, steps, case.steps_before)
         for run in (truth, *runs.values()):
             run.advance(x)
-        if (done + CHUNK) % every:
+        if (done + CHUNK) % interval:
             continue
         result["steps"].append(done + CHUNK)
         expected = truth.weights()
@@ -238,9 +238,9 @@ def summary(cases: dict[str, dict[str, Any]]) -> str:
 def main(argv: list[str]) -> int:
     suite = Suite("soak", __doc__, ("adamjax", "jax", "jaxlib"))
     args = suite.parse(argv)
-    steps, every = (2000, 1000) if args.quick else (100_000, 10_000)
+    steps, interval = (2000, 1000) if args.quick else (100_000, 10_000)
     end = min(steps, 10_000)
-    plan = {name: (case, steps, every) for name, case in CASES.items()}
+    plan = {name: (case, steps, interval) for name, case in CASES.items()}
     plan["over the end of int32"] = (replace(FULL, steps_before=2**31 - 1 - end // 4), end, 1000)
     suite.results |= {
         "table": [ROWS, COLUMNS],
@@ -251,6 +251,6 @@ def main(argv: list[str]) -> int:
         "weight decay": DECAY,
         "momentum of the average": MOMENTUM,
     }
-    suite.results["cases"] = cases = {name: measure(*about) for name, about in plan.items()}
+    suite.results["cases"] = cases = {name: measure(*settings) for name, settings in plan.items()}
     print(summary(cases))
     return suite.finish()

@@ -123,9 +123,9 @@ def compiling(results: Results) -> str:
     for row in results["times"]:
         ratios = (ranged(row["ratio"][name], 2) for name in rivals)
         table.append([row["what"], row["chain"], ranged(row["s"]["adamjax"], 2), *ratios])
-    what = results["workload"].split(",")[0]
+    leaves = results["workload"].split(",")[0]
     return paragraphs(
-        f"{origin(results)} A step on {what}. A training run pays these times once. Median "
+        f"{origin(results)} A step on {leaves}. A training run pays these times once. Median "
         "(quartiles).",
         markdown(["what", "chain", "s", *(f"of {name}'s time" for name in rivals)], table),
     )

@@ -380,7 +380,7 @@ def finished(tmp_path_factory):
     """The journal of a finished run of FULL_PLAN."""
     records = journal.Journal(tmp_path_factory.mktemp("toy") / "journal.jsonl", {"of": "toys"})
     new = [is_new for _, _, is_new in FULL_PLAN.run(records)]
-    assert new == [True] * FULL_PLAN.cells == [True] * len(records.cells)
+    assert new == [True] * FULL_PLAN.num_cells == [True] * len(records.cells)
     return records
 
 
@@ -396,7 +396,7 @@ def test_an_interrupted_run_resumes_and_repeats_no_cell(tmp_path, finished):
     records = journal.Journal(path, {"of": "toys"})
     assert len(records.cells) == 7
     new = [is_new for _, _, is_new in plan.run(records)]
-    assert new == [False] * 7 + [True] * (plan.cells - 7)
+    assert new == [False] * 7 + [True] * (plan.num_cells - 7)
     again, expected = journal.Journal(path, {"of": "toys"}), without_times(finished)
     assert without_times(again) == without_times(records)
     assert without_times(records) == {key: expected[key] for key in records.cells}

@@ -4,8 +4,8 @@ Read `protocol` first. It has the question and the rules of the comparison, whic
 the runs. `data` reads and splits the data. `models` has the models and their sizes; their classes
 are in `rankers` and `words`, and the base class in `model`. `contenders` has the optimizers. `run`
 trains every cell: a model with a contender, a rate and a seed. `journal` saves each finished cell,
-so the same command continues after an interruption. `statistics` and `summary` compute the results
-from the cells. `answer` puts the results into sentences, and `report` writes a page with plots.
+so that the same command continues an interrupted run. `statistics` and `summary` compute the
+results from the cells. `answer` words them, and `report` writes a page with plots.
 `divergence` measures, without a model, how far single rows end from dense Adam.
 
 The data are MovieLens-100k with its knowledge graph, from RecBole's wheel, and the text of
@@ -28,8 +28,8 @@ __all__ = ["main"]
 # The sizes of a quick run. A standard deviation needs at least two seeds.
 QUICK_STEPS, QUICK_EPOCHS, QUICK_SEEDS, QUICK_RATES = 20, 2, 2, 2
 QUICK_CONTENDERS = ("dense", "exact")
-# The modules that do not change what a cell computes. (The settings that `__init__` chooses are in
-# the journal.)
+# The modules that do not affect a cell's result. (`__init__` chooses the settings, which are in the
+# journal.)
 NOT_IN_DIGEST = ("__init__", "answer", "journal", "report", "statistics", "summary")
 
 
@@ -49,7 +49,6 @@ def main(argv: list[str]) -> int:
 
     if jax.default_backend() != "cpu":
         say("note: the protocol's sizes are chosen for a CPU")
-    about = data.about()
     models, seeds = {model.name: model for model in MODELS}, list(protocol.SEEDS)
     rates, search_seeds = list(protocol.RATES), list(protocol.SEARCH_SEEDS)
     b2s, steps = list(divergence.B2S), divergence.STEPS
@@ -58,10 +57,10 @@ def main(argv: list[str]) -> int:
         models = {name: smaller(model) for name, model in models.items()}
         seeds, search_seeds = seeds[:QUICK_SEEDS], search_seeds[:1]
         rates, b2s, steps = rates[1 : 1 + QUICK_RATES], b2s[2:3], 200
-        # Compiling takes most of a quick run, so only the first model gets all contenders.
+        # A quick run mostly compiles, so only the first model gets all contenders.
         contenders |= {name: list(QUICK_CONTENDERS) for name in list(models)[1:]}
     settings = {
-        "data": about,
+        "data": data.about(),
         "rates": rates,
         "search seeds": search_seeds,
         "seeds": seeds,
@@ -82,7 +81,7 @@ def main(argv: list[str]) -> int:
         say(f"{len(journal.cells):,} cells are done already, in {journal.path}")
     announced: set[str] = set()
     try:
-        for model, _, is_new in progress(plan.run(journal), "cell", plan.cells):
+        for model, _, is_new in progress(plan.run(journal), "cell", plan.num_cells):
             if is_new and model.name not in announced:
                 announced.add(model.name)
                 say(f"{model.name}: {model.epochs * model.steps:,} steps of {model.batch} examples")
@@ -109,7 +108,7 @@ def main(argv: list[str]) -> int:
 
 
 def expect_packages() -> None:
-    """Refuses to run without the packages that the suite needs."""
+    """Raises a `UserError` if packages are missing that the suite needs."""
     if missing := [name for name in ("optax", "scipy", "tqdm") if not installed(name)]:
         raise UserError(f"not installed: {', '.join(missing)}: pip install -e '.[bench-quality]'")
 
@@ -122,8 +121,8 @@ def smaller(model: Any) -> Any:
 def code_digest() -> str:
     """A hash of the code that computes cells: adamjax, this suite, and `benchmarks/steps.py`.
 
-    An interrupted run continues only with the same hash. (The text that `benchmarks.train` reads
-    has a hash of its own in the settings.)
+    An interrupted run continues only with the same hash. (The text, which `benchmarks.train` reads,
+    has a hash in the settings.)
     """
     own = [path for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_IN_DIGEST]
     steps = ROOT / "benchmarks" / "steps.py"

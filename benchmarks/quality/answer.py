@@ -27,7 +27,7 @@ def comparisons(results: Results, name: str) -> Iterator[Comparison]:
 
 
 def outcome_counts(results: Results, name: str) -> str:
-    """How often each outcome came, and where, as in "worse in 1 (NeuMF HR@10), same in 3 of 4"."""
+    """How often each outcome occurs, and where: "worse in 1 (NeuMF HR@10), same in 3 of 4 ..."."""
     places: dict[str, list[str]] = {}
     for model, metric, result in comparisons(results, name):
         places.setdefault(result["outcome"], []).append(f"{model} {metric}")
@@ -40,10 +40,10 @@ def outcome_counts(results: Results, name: str) -> str:
 
 
 def worst(results: Results, name: str) -> str:
-    """The comparison that is worst for the contender, in words."""
+    """The contender's worst comparison, in words."""
 
     def advantage(comparison: Comparison) -> float:
-        """How much better the contender is than its reference, in margins."""
+        """How much better the contender is than its reference, in units of the margin."""
         _, metric, result = comparison
         if result["difference"] is None:  # runs that failed
             return -math.inf
@@ -64,7 +64,7 @@ def difference(result: dict[str, Any]) -> str:
 
 
 def relative_difference(comparison: Comparison) -> float:
-    """By how much runs of the same seed differ from dense ones, as a share of the metric's mean."""
+    """The mean absolute difference from dense runs of the same seeds, as a share of the metric."""
     return comparison.result["mean |difference|"] / abs(comparison.result["mean"])
 
 
@@ -99,7 +99,7 @@ def rare_and_frequent(results: Results, name: str) -> Iterator[str]:
 
 
 def sentences(results: Results) -> list[str]:
-    """The answers of the runs, a line for each question."""
+    """The answers to the suite's questions, one line each."""
     present = {name for row in results["models"] for name in row["contenders"]}
     lines = []
     if "exact" in present:
@@ -164,13 +164,13 @@ def outcome_rows(results: Results) -> tuple[list[str], list[list[str]]]:
         for metric in row["metrics"]:
             by_name = {n: entry["test"][metric] for n, entry in row["contenders"].items()}
             cells = [
-                f"{difference(by_name[n])}, {shown(by_name[n]['outcome'])}" if n in by_name else ""
+                f"{difference(by_name[n])}, {marked(by_name[n]['outcome'])}" if n in by_name else ""
                 for n in names
             ]
             rows.append([row["model"], metric, f"{by_name['dense']['mean']:.4g}", *cells])
     return ["model", "metric", "dense", *names], rows
 
 
-def shown(outcome: str) -> str:
-    """An outcome in a table: bold if it is a difference."""
+def marked(outcome: str) -> str:
+    """An outcome in a table: bold if there is a difference."""
     return f"**{outcome}**" if outcome in ("better", "worse") else outcome

@@ -1,7 +1,7 @@
-"""The contenders: ways to take Adam's step on a model with tables.
+"""The contenders: forms of Adam's step on a model with tables.
 
-Each is a function from a loss, the names of its tables, a learning rate and b2 to a `Contender`.
-The rate may be traced, so one compiled program serves for all rates.
+A `Maker` returns a contender for a loss, the names of its tables, a learning rate and b2. The rate
+may be traced, so one compiled program serves for all rates.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ class Contender(NamedTuple):
     """How a model is trained. A carry is its parameters and the state of the optimizer."""
 
     tx: Any  # the optimizer
-    train: Callable[..., Any]  # from parameters, state and a batch to new ones of both and the loss
+    train: Callable[..., Any]  # (params, state, batch) -> (params, state, loss)
 
     def init(self, params: Params) -> Any:
         return params, self.tx.init(params)
@@ -49,8 +49,8 @@ def dense(loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2) -> Conte
 def in_mode(mode: str, decay: float | None = None) -> Maker:
     """adamjax's Adam in a mode of `table_mode`, or AdamW if there is a decay.
 
-    torch's SparseAdam takes the steps of "lazy" up to the place of epsilon
-    (tests/test_convert_torch.py continues its runs), so it is no contender of its own.
+    torch's SparseAdam is no contender of its own, as its steps are those of "lazy" except for the
+    place of epsilon (tests/test_convert_torch.py continues its runs).
     """
     rule = adamjax.adam if decay is None else adamjax.adamw
     options = {"b1": B1, "eps": EPS} | ({} if decay is None else {"weight_decay": decay})
@@ -76,15 +76,15 @@ class GapState(NamedTuple):
     count: Any
     m: Any
     v: Any
-    last: Any  # the number of the step that read a row last
+    last: Any  # the number of the step that last read the row
 
 
 class by_gap(extend.Transform):
     """A rule that depends on the steps since a row's last read.
 
-    The rule is a function of the step's number, the rate, b2 and 1 - b2; the gradient, which was
-    computed with the row's old weights; both moments; and the number of the step that read the row
-    last. It returns the update and the new moments.
+    `rule` is called with a tuple of the step's number, the rate, b2 and 1 - b2; then with the
+    gradient, both moments, and the number of the step that last read the row. It returns the update
+    and the new values of the last three.
     """
 
     rule: Callable[..., Any] = extend.static()
@@ -97,32 +97,31 @@ class by_gap(extend.Transform):
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         count = extend.next_count(state.count)
-        # The rule gets all numbers in float32, in which 1 - b2 would lose digits.
-        c = count.astype(jnp.float32), self.rate, self.b2, 1 - self.b2
+        # The rule gets all numbers in float32, in which it would lose digits of 1 - b2.
+        numbers = count.astype(jnp.float32), self.rate, self.b2, 1 - self.b2
         u, *slots = extend.lift(
-            "by_gap", self.rule, lambda real: c, updates, state[1:], rows="lazy"
+            "by_gap", self.rule, lambda real: numbers, updates, state[1:], rows="lazy"
         )
         return u, GapState(count, *slots)
 
 
 def correction(t: Any, b2: float) -> Any:
-    """The factor of Adam's step from the bias corrections of both moments, after t steps."""
+    """The factor that both bias corrections give Adam's step after t steps."""
     return jnp.sqrt(1 - b2**t) / (1 - B1**t)
 
 
 def next_moments(c: Any, g: Any, m: Any, v: Any, last: Any) -> tuple[jax.Array, jax.Array]:
     """The moments of rows, which decay by the steps since their last read."""
-    t, _, b2, rest = c
+    t, _, b2, one_minus_b2 = c
     gap = t - last
-    return B1**gap * m + (1 - B1) * g, b2**gap * v + rest * g * g
+    return B1**gap * m + (1 - B1) * g, b2**gap * v + one_minus_b2 * g * g
 
 
 def counting_rule(c: Any, g: Any, m: Any, v: Any, last: Any) -> tuple[jax.Array, ...]:
     """A step count for each row, the idea of caffe2's SmartDecaySparseAdam.
 
     The moments decay by the steps since the last read, and the row takes Adam's step. It also
-    catches up with its momentum in the steps between, with v and the bias correction after this
-    step.
+    catches up on the momentum of the steps between, with v and the bias correction after this step.
     """
     t, rate, b2, _ = c
     missed = B1 * (1 - B1 ** (t - last - 1)) / (1 - B1) * m
@@ -134,8 +133,8 @@ def counting_rule(c: Any, g: Any, m: Any, v: Any, last: Any) -> tuple[jax.Array,
 def local_rule(c: Any, g: Any, m: Any, v: Any, last: Any) -> tuple[jax.Array, ...]:
     """The "local approximation" of HugeCTR's Adam with `update_type=LazyGlobal`.
 
-    The row takes the steps since its last read, and that read's own step, with the v and the bias
-    correction of that read. So it moves by `g` itself at the next read.
+    The row takes the step of its last read and the missed ones since, with the v and the bias
+    correction of that read. So `g` itself first moves the row at the next read.
     """
     t, rate, b2, _ = c
     summed = correction(last, b2) * (1 - B1 ** (t - last)) / (1 - B1)
@@ -144,7 +143,7 @@ def local_rule(c: Any, g: Any, m: Any, v: Any, last: Any) -> tuple[jax.Array, ..
 
 
 def with_rule(rule: Callable[..., Any]) -> Maker:
-    """The contender with a rule of `by_gap` on tables, and optax's Adam on all other parameters."""
+    """Contenders with a rule of `by_gap` on tables, and optax's Adam on all other parameters."""
 
     def contender(loss: Loss, tables: Sequence[str], rate: Any, b2: float = B2) -> Contender:
         of_tables = [(pattern, by_gap(rule, rate, b2)) for pattern in patterns(tables)]
@@ -157,7 +156,7 @@ def with_rule(rule: Callable[..., Any]) -> Maker:
 LAZY = in_mode("lazy")
 MAKERS: dict[str, Maker] = {
     "dense": dense,
-    # The same formulas as optax's, rounded elsewhere.
+    # optax's formulas, rounded in other places.
     "adamjax dense": in_mode("dense gradient"),
     "exact": in_mode("exact"),
     "lazy": LAZY,

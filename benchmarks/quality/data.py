@@ -28,7 +28,7 @@ HASHES = {
     "ml-100k.kg": "200a0636fa07c218119a42e5bac7aa3e26e3665a6f919c1b22909bd412b14779",
 }
 
-# How many words of the text the models know.
+# The size of the text's vocabulary.
 WORDS = 8_000
 
 
@@ -36,10 +36,10 @@ WORDS = 8_000
 
 
 def path(name: str) -> Path:
-    """Where a file of MovieLens is.
+    """The path of a file of MovieLens.
 
     Raises:
-      UserError: it is not there; the message says how to get it.
+      UserError: it is not installed.
     """
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("recbole") or ():
@@ -52,19 +52,19 @@ def lines(name: str) -> list[list[str]]:
     """The fields of each line but the first, which has their names.
 
     Raises:
-      UserError: the file is not there, or is another one than that of recbole 1.2.1.
+      UserError: the file is not installed, or is not that of recbole 1.2.1.
     """
-    found = path(name).read_bytes()
-    if (digest := hashlib.sha256(found).hexdigest()) != HASHES[name]:
+    content = path(name).read_bytes()
+    if (digest := hashlib.sha256(content).hexdigest()) != HASHES[name]:
         raise UserError(
             f"{name}: not the file of recbole 1.2.1 (SHA-256 {digest}, expected {HASHES[name]}): "
             "pip install --no-deps recbole==1.2.1"
         )
-    return [line.split("\t") for line in found.decode().splitlines()[1:]]
+    return [line.split("\t") for line in content.decode().splitlines()[1:]]
 
 
 def numbered(names: list[str]) -> tuple[np.ndarray, int]:
-    """int32 numbers in place of names, in the order of the sorted names; and how many there are."""
+    """The int32 number of each name, in sorted order, and how many different names there are."""
     distinct, numbers = np.unique(np.array(names), return_inverse=True)
     return numbers.astype(np.int32).ravel(), len(distinct)
 
@@ -74,25 +74,25 @@ def numbered(names: list[str]) -> tuple[np.ndarray, int]:
 
 @dataclass(frozen=True)
 class Ratings:
-    """Who rated what, in the order of time, split for each user by time.
+    """The ratings of items by users, split for each user by time.
 
     The last rating of each user is for the test, the one before it for validation, and all others
-    are for training. Other users' training ratings may be later than a user's test rating. Ratings
-    of one user at the same second are in the order of the item's number.
+    are for training. Other users' training ratings may be later than a user's test rating. A user's
+    ratings in the same second are in the order of the item's number.
     """
 
-    users: int  # how many there are
+    users: int  # the number of users
     items: int
     training: np.ndarray  # int32[n, 2], user and item, by user and then by time
-    times: np.ndarray  # int64[n], of the ratings in training, in seconds
-    validation: np.ndarray  # int32[users, 2], user and item, one line for each user; so is the test
+    times: np.ndarray  # int64[n], of the training ratings, in seconds
+    validation: np.ndarray  # int32[users, 2], user and item, as is the test
     test: np.ndarray
     held_out_times: np.ndarray  # int64[users, 2], of validation and test
     negatives: np.ndarray  # int32[users, 99], items that the user never rated
 
     @functools.cached_property
     def rated(self) -> np.ndarray:
-        """bool[users, items], in training."""
+        """bool[users, items], whether the user rated the item in training."""
         rated = np.zeros((self.users, self.items), bool)
         rated[self.training[:, 0], self.training[:, 1]] = True
         return rated
@@ -103,9 +103,9 @@ class Ratings:
         return np.bincount(self.training[:, 1], minlength=self.items)
 
     def unrated(self, rng: np.random.Generator, users: np.ndarray, count: int) -> np.ndarray:
-        """int32[*users.shape, count], items that these users did not rate in training, at random.
+        """int32[*users.shape, count], random items that these users did not rate in training.
 
-        They may be items that a user rates later: that is not known at the time of training.
+        A user may rate such an item later, which is not known in training.
         """
         users = np.broadcast_to(users[..., None], (*users.shape, count))
         items = rng.integers(self.items, size=users.shape, dtype=np.int32)
@@ -114,11 +114,11 @@ class Ratings:
         return items
 
     def before(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The items that were rated before, oldest first, padded in front with `items`.
+        """The items that a user rated before, oldest first, padded in front with `self.items`.
 
         Returns:
-          int32[n, width] before each rating in training, and int32[users, width] before the
-          validation's and before the test's.
+          int32[n, width] before each training rating, and int32[users, width] before each rating of
+          the validation and of the test.
         """
         windows, validation, test = [], [], []
         for user in range(self.users):
@@ -168,19 +168,19 @@ class Graph:
     """Facts about the films of MovieLens: (head, relation, tail).
 
     The graph has many facts twice, as "film, directed by, person" and "person, directed, film". So
-    all facts about a pair of entities are on one side of the split. All entities of the validation
+    all facts about a pair of entities are in one part of the split. All entities of the validation
     and the test are in training.
     """
 
-    entities: int  # how many there are
+    entities: int  # the number of entities
     relations: int
-    training: np.ndarray  # int32[n, 3], as are the other two
+    training: np.ndarray  # int32[n, 3], as are validation and test
     validation: np.ndarray
     test: np.ndarray
 
     @functools.cached_property
     def entity_counts(self) -> np.ndarray:
-        """int[entities], in how many facts of training each is."""
+        """int[entities], how often each is in the facts of training."""
         return np.bincount(self.training[:, [0, 2]].ravel(), minlength=self.entities)
 
 
@@ -198,14 +198,14 @@ def split_facts(facts: np.ndarray, entities: int, relations: int) -> Graph:
     """Splits facts by pairs of entities at random: 5% for validation and 5% for the test."""
     pairs = np.sort(facts[:, [0, 2]].astype(np.int64), axis=1) @ np.array([entities, 1])
     _, pair = np.unique(pairs, return_inverse=True)
-    side = np.random.default_rng(0).integers(20, size=int(pair.max()) + 1)[pair.ravel()]
-    training = facts[side >= 2]
+    draw = np.random.default_rng(0).integers(20, size=int(pair.max()) + 1)[pair.ravel()]
+    training = facts[draw >= 2]
     known = np.zeros(entities, bool)
     known[training[:, [0, 2]]] = True
     is_known = known[facts[:, 0]] & known[facts[:, 2]]
     return Graph(
         *(entities, relations, training),
-        *(facts[(side == which) & is_known] for which in (0, 1)),
+        *(facts[(draw == x) & is_known] for x in (0, 1)),
     )
 
 
@@ -220,7 +220,7 @@ def text() -> training.Text:
 
 @functools.cache
 def held_out() -> tuple[np.ndarray, np.ndarray]:
-    """The text's held-out blocks for validation, and those for the test."""
+    """The held-out blocks of the text for validation, and for the test."""
     blocks = text().held_out
     return blocks[0::2], blocks[1::2]
 

@@ -1,7 +1,7 @@
 """How far rows end from where dense Adam puts them: rows read often and rarely, for several b2.
 
-No data and no model: a table has a row for each gap, which is read every so many steps with a
-gradient of its own, the same for every contender.
+It needs neither data nor a model. A table has a row for each gap. A row of gap n is read in every
+n-th step, with gradients that are the same for every contender.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ STEPS, WIDTH, RATE = 4000, 256, 1e-3
 def batches(steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows int32[steps, rows], and their gradients [steps, rows, WIDTH].
 
-    A row that is not read at a step is replaced by one more row, whose gradient is zero. Gradients
-    have the mean 0.5 and the standard deviation 1.
+    In place of a row that a step does not read, it reads an extra row with a gradient of zero. The
+    others have the mean 0.5 and the standard deviation 1.
     """
     rng = np.random.default_rng(0)
     is_read = np.arange(steps)[:, None] % np.array(GAPS) == 0
@@ -38,7 +38,7 @@ def loss(params: Any, batch: Any) -> jax.Array:
 
 
 def weights(name: str, b2: float, steps: int) -> np.ndarray:
-    """float32[gaps, WIDTH] after the steps, from zero."""
+    """float32[gaps, WIDTH], the rows after the steps, from zero."""
     contender = MAKERS[name](loss, ("table",), RATE, b2)
 
     @jax.jit

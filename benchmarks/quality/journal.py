@@ -1,6 +1,6 @@
-"""The finished work of a run, each piece a line of JSON: the next run continues from there.
+"""The finished cells of a run, each a line of JSON, from which the next run continues.
 
-A cell is a piece of work: a training run, or a measurement of `divergence`.
+A cell is a training run, or a measurement of `divergence`.
 """
 
 import json
@@ -21,8 +21,8 @@ class Journal:
     is refused.
 
     Args:
-      path: the file; it is made if it is not there.
-      about: the settings of the run, in types that JSON has.
+      path: the file; it is created if it does not exist.
+      about: the settings of the run, as types of JSON.
 
     Raises:
       UserError: the file has other settings.
@@ -52,7 +52,7 @@ class Journal:
             self.cells[tuple(line["cell"])] = line["result"]
 
     def add(self, key: Key, result: dict[str, Any]) -> None:
-        """Writes a finished cell, at once."""
+        """Writes a finished cell to the file."""
         self.cells[key] = result
         self._write({"cell": key, "result": result})
 

@@ -1,9 +1,4 @@
-"""What a model of the suite has: parameters, a loss, batches, and scores on held-out examples.
-
-A model has `init(key)`, `loss(params, batch)`, `batches(seed)`, which are the same for every
-contender, `tables`, the names of the parameters that are tables, and `scores(params, part)`, which
-has a number for each example of the validation or the test split.
-"""
+"""The base classes of the suite's models, and functions that several models use."""
 
 import functools
 import math
@@ -22,18 +17,19 @@ PARTS = ("validation", "test")
 
 @dataclass(frozen=True)
 class Model:
-    """What all models have."""
+    """A model and its data: parameters, loss, batches, and scores on held-out examples."""
 
-    epochs: int  # how many there are; after each the model is evaluated
+    epochs: int  # after each, the model is evaluated
     steps: int  # of an epoch
     batch: int  # examples of a step
     width: int = 16  # of the tables
-    drawn: int = 4  # how many wrong answers are drawn for each right one in training, if any are
+    # The wrong answers drawn in training, for each right one (for each batch in `NextWord`).
+    drawn: int = 4
 
     name = ""
     data = ""
-    tables: ClassVar[tuple[str, ...]] = ()
-    # The first one decides on the rate.
+    tables: ClassVar[tuple[str, ...]] = ()  # names of parameters
+    # The rate is chosen by the first one.
     metrics: ClassVar[tuple[str, ...]] = ("HR@10", "NDCG@10")
 
     @property
@@ -48,19 +44,19 @@ class Model:
         raise NotImplementedError
 
     def batches(self, seed: int) -> Batches:
-        """Arrays [epochs, steps, batch, ...]."""
+        """Arrays [epochs, steps, batch, ...], the same for every contender."""
         raise NotImplementedError
 
     def examples(self, part: str) -> tuple[np.ndarray, ...]:
-        """The examples of a split, as `evaluate` takes them."""
+        """The examples of a split, which `evaluate` is called with."""
         raise NotImplementedError
 
     def evaluate(self, params: Params, *examples: Any) -> dict[str, jax.Array]:
-        """Each metric, for each example; may be traced."""
+        """Each metric, for each example; this is jitted."""
         raise NotImplementedError
 
     def reads(self, part: str) -> np.ndarray:
-        """How often the training data have the row of each example's right answer."""
+        """How often the row of each example's right answer is in the training data."""
         raise NotImplementedError
 
     @functools.cached_property
@@ -87,7 +83,7 @@ class Ranker(Model):
     """A model that ranks candidates, of which the first is the right one."""
 
     def score(self, params: Params, *examples: Any) -> jax.Array:
-        """[n, k], a score for each candidate of each example; `examples` as in `examples`."""
+        """[n, k], a score for each candidate of each example."""
         raise NotImplementedError
 
     def evaluate(self, params: Params, *examples: Any) -> dict[str, jax.Array]:
@@ -95,11 +91,11 @@ class Ranker(Model):
         return {name: every_metric[name] for name in self.metrics}
 
 
-# --- shared ---------------------------------------------------------------------------------------
+# --- what several models use ----------------------------------------------------------------------
 
 
 def drawn_rows(rng: np.random.Generator, count: int, size: tuple[int, ...]) -> np.ndarray:
-    """int32[*size], numbers of examples: each pass over them has all in a new random order."""
+    """int32[*size], numbers of examples: passes over all of them, each in a new random order."""
     passes = -(-math.prod(size) // count)
     order = np.concatenate([rng.permutation(count) for _ in range(passes)])
     return order[: math.prod(size)].reshape(size).astype(np.int32)

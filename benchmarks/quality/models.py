@@ -1,4 +1,4 @@
-"""The models of the suite, and their sizes: smaller than in their papers, else the same."""
+"""The models of the suite and their sizes, which are smaller than in their papers."""
 
 from benchmarks.quality.model import Model
 from benchmarks.quality.rankers import DistMult, MatrixFactorisation, NeuMF, Sequence, TwoTowers

@@ -3,13 +3,13 @@
 For each model and each contender:
 
 1. The learning rate is the one of `RATES` with the best mean of the model's first metric on the
-   validation split, over the three `SEARCH_SEEDS`, which are not used again. Some contenders take
-   the rate of `dense` (`RATE_OF`): `exact` and `adamjax dense` are the same optimizer as `dense`
-   and are compared with it seed by seed, and `lazy, same rate` is what a user gets who changes
-   only the mode.
+   validation split, over the three `SEARCH_SEEDS`, which are not used again. Some contenders have
+   the rate of `dense` (`RATE_OF`): `exact` and `adamjax dense`, because they are the same optimizer
+   as `dense` and are compared with it seed by seed, and `lazy, same rate`, because it shows what
+   happens if a user changes only the mode.
 2. With that rate, the model is trained from each of the 20 `SEEDS`. A seed decides the first
    weights and all batches, and these are the same for every contender.
-3. The result is a metric on the test split after the last epoch. Nothing is chosen by it.
+3. The result is a metric on the test split after the last epoch. No choice depends on it.
 4. A contender is compared with its reference (`REFERENCE`, mostly `dense`) by the differences
    between runs of the same seed: their mean with its confidence interval, and a paired t-test. The
    p-values of all comparisons of a run of the suite are corrected together, by Holm's method.
@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SEEDS = range(20)
-# Other seeds than those of the comparison, so that no run counts twice.
+# Not the seeds of the comparison, so that no run counts twice.
 SEARCH_SEEDS = range(1000, 1003)
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
 
@@ -40,17 +40,17 @@ DECAY = 0.05
 ALPHA = 0.05
 CONFIDENCE = 0.95
 
-# How often a row is read in an epoch of training: examples are grouped by these bounds.
+# The bounds of groups of examples, by how often an example's row is in the training data.
 READS = (4, 16, 64, 256)
-# A group of fewer examples is not shown.
+# A group with fewer examples is not shown.
 FEWEST = 50
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured of a trained model."""
+    """A measure of a trained model."""
 
-    higher_is_better: bool = True  # whether it is a quality rather than a loss
+    higher_is_better: bool = True  # false for a loss
     # The largest difference that does not matter; for a loss, relative to the reference's mean.
     margin: float = 0.01
 
@@ -67,7 +67,7 @@ METRICS = {
     "neighbours": Metric(),
 }
 
-# name: what it is
+# name: description
 CONTENDERS = {
     "dense": "optax's Adam, dense gradients",
     "adamjax dense": "adamjax's Adam, dense gradients; it differs from dense only in where it "
@@ -82,7 +82,7 @@ CONTENDERS = {
     "exact + decay": "exact_rows of AdamW",
     "lazy + decay": 'AdamW with rows="lazy": only rows that are read decay',
 }
-# Those that take the rate of another.
+# The contenders that have the rate of another.
 RATE_OF = {"adamjax dense": "dense", "exact": "dense", "lazy, same rate": "dense"}
 DENSE = ("dense", "adamjax dense")
 # The contender to compare with, if it is not `dense`.
@@ -92,7 +92,7 @@ REFERENCE = {"lazy + decay": "exact + decay"}
 def references(contenders: Sequence[str]) -> dict[str, str]:
     """The reference of each contender that is compared, if both take part.
 
-    `adamjax dense` is a yardstick of rounding and not compared.
+    `adamjax dense` shows the effect of rounding, and is not compared.
 
     >>> references(["dense", "adamjax dense", "lazy", "exact + decay", "lazy + decay"])
     {'lazy': 'dense', 'exact + decay': 'dense', 'lazy + decay': 'exact + decay'}

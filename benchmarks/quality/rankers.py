@@ -25,7 +25,7 @@ from benchmarks.quality.model import (
 class Recommender(Ranker):
     """Ranks a user's next item among 99 that the user never rated.
 
-    `score` takes users [n], or what stands for them, and items [n, k].
+    `score` has as arguments users [n], or their items before, and items [n, k].
     """
 
     data = "ratings"
@@ -33,8 +33,8 @@ class Recommender(Ranker):
     def batches(self, seed: int) -> Batches:
         """Users [...], and items [..., 1 + drawn], the right one first."""
         ratings, rng = data.ratings(), np.random.default_rng(seed)
-        users, items = ratings.training[drawn_rows(rng, len(ratings.training), self.size)].T
-        users, items = users.T, items.T
+        rows = drawn_rows(rng, len(ratings.training), self.size)
+        users, items = ratings.training[rows, 0], ratings.training[rows, 1]
         others = ratings.unrated(rng, users, self.drawn)
         return users, np.concatenate([items[..., None], others], -1)
 
@@ -132,9 +132,8 @@ class TwoTowers(Recommender):
         return x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
 
     def batches(self, seed: int) -> Batches:
-        ratings, rng = data.ratings(), np.random.default_rng(seed)
-        rows = drawn_rows(rng, len(ratings.training), self.size)
-        return ratings.training[rows, 0], ratings.training[rows, 1]
+        users, items = super().batches(seed)
+        return users, items[..., 0]
 
     def loss(self, params: Params, batch: Any) -> jax.Array:
         users, items = batch
@@ -152,10 +151,10 @@ class TwoTowers(Recommender):
 
 
 class Sequence(Recommender):
-    """One block of attention over the last items of a user.
+    """One block of attention over the last items that a user rated.
 
-    After SASRec (Kang & McAuley, arXiv:1808.09781), with one head, and trained on the next item
-    alone. One table has the rows of the items that are read and of those that are ranked.
+    After SASRec (Kang & McAuley, arXiv:1808.09781), with one head, and trained only
+    on the next item. The items of the window and those to rank have their rows in one table.
     """
 
     name = "sequence"
@@ -167,7 +166,7 @@ class Sequence(Recommender):
         names = ("query", "key", "value", "first", "second")
         layers = {k: layer(x, self.width, self.width) for k, x in zip(names, keys, strict=True)}
         return {
-            # The last row stands for what is before a user's first item.
+            # The last row is that of the padding before a user's first item.
             "item": normal(item, 0.1, data.ratings().items + 1, self.width),
             "place": normal(place, 0.1, self.window, self.width),
             **layers,
@@ -178,11 +177,9 @@ class Sequence(Recommender):
         return data.ratings().before(self.window)
 
     def batches(self, seed: int) -> Batches:
-        ratings, rng = data.ratings(), np.random.default_rng(seed)
-        rows = drawn_rows(rng, len(ratings.training), self.size)
-        users, items = ratings.training[rows, 0], ratings.training[rows, 1]
-        others = ratings.unrated(rng, users, self.drawn)
-        return self.windows[0][rows], np.concatenate([items[..., None], others], -1)
+        windows = self.windows[0]
+        rows = drawn_rows(np.random.default_rng(seed), len(windows), self.size)  # as of the items
+        return windows[rows], super().batches(seed)[1]
 
     def examples(self, part: str) -> tuple[np.ndarray, ...]:
         _, items = super().examples(part)
@@ -202,7 +199,7 @@ class Sequence(Recommender):
 
 
 class DistMult(Ranker):
-    """The product of head, relation and tail, summed; the right tail or head among drawn ones.
+    """The summed product of head, relation and tail; ranks the right tail or head among others.
 
     Yang et al., arXiv:1412.6575.
     """
@@ -221,13 +218,13 @@ class DistMult(Ranker):
         }
 
     def batches(self, seed: int) -> Batches:
-        """Entities that are given, relations, and entities to choose from, the right one first."""
+        """Given entities, relations, and candidates for the other entity, the right one first."""
         graph, rng = data.graph(), np.random.default_rng(seed)
         facts = graph.training[drawn_rows(rng, len(graph.training), self.size)]
         is_tail = rng.random(self.size) < 0.5
-        given, asked = (np.where(is_tail, facts[..., i], facts[..., 2 - i]) for i in (0, 2))
+        given, right = (np.where(is_tail, facts[..., i], facts[..., 2 - i]) for i in (0, 2))
         others = rng.integers(graph.entities, size=(*self.size, self.drawn), dtype=np.int32)
-        return given, facts[..., 1], np.concatenate([asked[..., None], others], -1)
+        return given, facts[..., 1], np.concatenate([right[..., None], others], -1)
 
     def examples(self, part: str) -> tuple[np.ndarray, ...]:
         graph = data.graph()
@@ -236,25 +233,27 @@ class DistMult(Ranker):
         rng = np.random.default_rng(PARTS.index(part))
         others = rng.choice(known, (len(facts), 99))
         # A fact with a drawn entity may be true; such an entity is drawn again.
-        every = np.concatenate([graph.training, graph.validation, graph.test]).astype(np.int64)
+        facts_of_all = np.concatenate([graph.training, graph.validation, graph.test]).astype(
+            np.int64
+        )
         shape = (graph.entities, graph.relations, graph.entities)
-        right = np.ravel_multi_index(tuple(every.T), shape)
+        true_facts = np.ravel_multi_index(tuple(facts_of_all.T), shape)
 
-        def among_right() -> np.ndarray:
-            asked = np.broadcast_arrays(facts[:, :1], facts[:, 1:2], others)
-            return np.isin(np.ravel_multi_index(tuple(asked), shape), right)
+        def is_true() -> np.ndarray:
+            drawn = np.broadcast_arrays(facts[:, :1], facts[:, 1:2], others)
+            return np.isin(np.ravel_multi_index(tuple(drawn), shape), true_facts)
 
-        while (is_right := among_right()).any():
-            others[is_right] = rng.choice(known, int(is_right.sum()))
+        while (wrong := is_true()).any():
+            others[wrong] = rng.choice(known, int(wrong.sum()))
         return facts[:, 0], facts[:, 1], np.concatenate([facts[:, 2:], others], 1)
 
     def reads(self, part: str) -> np.ndarray:
         graph = data.graph()
         return graph.entity_counts[getattr(graph, part)[:, [0, 2]]].min(1)
 
-    def score(self, params: Params, given: Any, relations: Any, asked: Any) -> jax.Array:
-        one = params["entity"][given] * params["relation"][relations]
-        return jnp.einsum("nd,nkd->nk", one, params["entity"][asked])
+    def score(self, params: Params, given: Any, relations: Any, candidates: Any) -> jax.Array:
+        product = params["entity"][given] * params["relation"][relations]
+        return jnp.einsum("nd,nkd->nk", product, params["entity"][candidates])
 
     def loss(self, params: Params, batch: Any) -> jax.Array:
         return choice_loss(self.score(params, *batch))

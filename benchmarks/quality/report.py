@@ -8,9 +8,9 @@ from benchmarks.quality.answer import (
     Results,
     difference,
     group_differences,
+    marked,
     outcome_rows,
     sentences,
-    shown,
 )
 from benchmarks.tables import markdown, origin
 
@@ -41,7 +41,7 @@ CAPTIONS = {
 
 
 class Panels:
-    """A figure of as many panels, with one legend for the lines of contenders in all of them."""
+    """A figure with `count` panels, and one legend for the contenders' lines in all panels."""
 
     def __init__(self, count: int) -> None:
         from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ class Panels:
         self.handles: dict[str, Any] = {}
 
     def line(self, panel: int, name: str, *points: Any) -> None:
-        """Draws the line of a contender, given the x and the y of its points."""
+        """Draws a contender's line through points, given by their x and y."""
         colour, width = LINES[name]
         style = {"color": colour, "linewidth": width, "marker": "."}
         (self.handles[name],) = self.axes[panel].plot(*points, **style)
@@ -115,7 +115,7 @@ def divergence(results: Results) -> Any:
 
 
 def model_table(row: dict[str, Any]) -> str:
-    """All figures of a model."""
+    """A table of all results of a model."""
     table = []
     for name, about in row["contenders"].items():
         for metric in row["metrics"]:
@@ -126,7 +126,7 @@ def model_table(row: dict[str, Any]) -> str:
                 effect, p, corrected = (result[k] for k in ("effect", "p", "corrected p"))
                 cells += [result["reference"], difference(result)]
                 cells += ["" if x is None else f"{x:.2g}" for x in (effect, p, corrected)]
-                cells.append(shown(result["outcome"]))
+                cells.append(marked(result["outcome"]))
             else:
                 cells += [""] * 6
             cells.append(f"{result['mean |difference|']:.2g}, {result['largest |difference|']:.2g}")
@@ -137,8 +137,8 @@ def model_table(row: dict[str, Any]) -> str:
     return markdown(head, table)
 
 
-def at_an_end(results: Results) -> list[str]:
-    """The contenders whose chosen rate is the smallest or the largest that was tried."""
+def rates_at_an_end(results: Results) -> list[str]:
+    """The contenders whose chosen rate is the smallest or the largest of those tried."""
     ends = {min(results["rates"]), max(results["rates"])}
     return [
         f"{row['model']}: {name} ({about['rate']:g})"
@@ -168,7 +168,7 @@ def page(results: Results) -> str:
         parts.append(
             "**A quick run**: it shows that everything runs, and its figures mean nothing."
         )
-    ends = at_an_end(results)
+    ends = rates_at_an_end(results)
     names = list(protocol.CONTENDERS)
     parts += [
         "\n".join(f"- {line}" for line in sentences(results)).replace(

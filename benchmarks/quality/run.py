@@ -38,9 +38,9 @@ class Program:
     def train(
         self, rate: float, start: Params, batches: Sequence[np.ndarray]
     ) -> Iterator[tuple[float, Params]]:
-        """Trains from a start; the seconds of each epoch's steps, and the parameters after it.
+        """Trains; yields the seconds of each epoch's steps, and the parameters after it.
 
-        The parameters are valid until the next epoch.
+        The parameters are valid until the next epoch, which donates them.
         """
         carry = self.make(rate).init(start)
         for number in range(self.model.epochs):
@@ -71,12 +71,11 @@ class Program:
 
 
 def means(scores: dict[str, np.ndarray]) -> dict[str, float]:
-    """The mean of each metric."""
     return {name: float(x.mean(dtype=np.float64)) for name, x in scores.items()}
 
 
 def by_group(scores: dict[str, np.ndarray], reads: np.ndarray) -> dict[str, list[float | None]]:
-    """The mean of each metric in each group of `READS`, if the metric is one of examples."""
+    """The mean of each metric in each group of `READS`, for metrics with a value per example."""
     groups = np.array([group(n) for n in reads])
     numbers = range(len(READS) + 1)
     return {
@@ -106,21 +105,20 @@ class Plan:
     """All cells of a run of the suite."""
 
     models: Sequence[Model]  # to train
-    contenders: Mapping[str, Sequence[str]]  # by the model's name; `dense` is always among them
-    rates: Sequence[float]  # as in the protocol, as are the seeds
+    contenders: Mapping[str, Sequence[str]]  # by model name; always with `dense`
+    rates: Sequence[float]  # these and the seeds are as in the protocol
     search_seeds: Sequence[int]
     seeds: Sequence[int]
 
     def searched(self, model: Model) -> list[str]:
-        """The contenders with a search of their own."""
+        """The contenders whose rate is searched."""
         return [name for name in self.contenders[model.name] if name not in RATE_OF]
 
     @property
-    def cells(self) -> int:
-        """How many cells there are."""
-        each = len(self.rates) * len(self.search_seeds)
+    def num_cells(self) -> int:
+        search_cells = len(self.rates) * len(self.search_seeds)
         return sum(
-            each * len(self.searched(m)) + len(self.contenders[m.name]) * len(self.seeds)
+            search_cells * len(self.searched(m)) + len(self.contenders[m.name]) * len(self.seeds)
             for m in self.models
         )
 
@@ -137,7 +135,7 @@ class Plan:
         return chosen_rate(validation, metric)
 
     def keys(self, journal: Journal, model: Model) -> Iterator[tuple[str, str, str, float, int]]:
-        """The cells of a model: the search, and when the journal has all of it, the test."""
+        """The keys of a model's cells: the search, and after that is in the journal, the test."""
         names = self.searched(model)
         for seed, name, rate in itertools.product(self.search_seeds, names, self.rates):
             yield "search", model.name, name, rate, seed
@@ -148,7 +146,7 @@ class Plan:
     def run(self, journal: Journal) -> Iterator[tuple[Model, str, bool]]:
         """Runs every cell that the journal does not have.
 
-        Yields the model and the contender of each cell after it, and whether it was run now.
+        Yields, after each cell, its model, its contender, and whether it was run now.
         """
         for model in self.models:
             programs = {name: Program(model, name) for name in self.contenders[model.name]}

@@ -31,8 +31,8 @@ def interval(differences: Sequence[float], confidence: float) -> tuple[float, fl
 def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     """The differences `first - second`.
 
-    Values that are not finite make the p-value 1 and everything else NaN, so that no difference is
-    claimed from runs that failed.
+    If a value is not finite, the p-value is 1 and all else NaN, so that failed runs show no
+    difference.
 
     >>> found = paired([2.0, 3.0, 5.0], [1.0, 1.0, 2.0])
     >>> round(found.mean, 3), round(found.p, 4), round(found.effect, 3)

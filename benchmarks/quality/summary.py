@@ -51,7 +51,6 @@ def summarised(plan: Plan, journal: Journal) -> list[dict[str, Any]]:
 def model_row(
     plan: Plan, model: Model, cells: Cells, corrected: dict[str, float]
 ) -> dict[str, Any]:
-    """The results of a model."""
     row: dict[str, Any] = {
         "model": model.name,
         "data": model.data,
@@ -84,13 +83,13 @@ def model_row(
                 "mean |difference|": rounded(float(np.abs(differences).mean()), 3),
                 "largest |difference|": rounded(float(np.abs(differences).max()), 3),
             }
-            of_seeds = cells.by_name[name]
+            seed_cells = cells.by_name[name]
             entry["curve"][metric] = [
-                rounded(statistics.fmean(cell["test"][i][metric] for cell in of_seeds), 5)
+                rounded(statistics.fmean(cell["test"][i][metric] for cell in seed_cells), 5)
                 for i in range(model.epochs)
             ]
-            if metric in of_seeds[0]["groups"]:
-                by_seed = np.array([cell["groups"][metric] for cell in of_seeds], np.float64)
+            if metric in seed_cells[0]["groups"]:
+                by_seed = np.array([cell["groups"][metric] for cell in seed_cells], np.float64)
                 entry["groups"][metric] = [
                     rounded(x, 5) if n >= FEWEST else None
                     for x, n in zip(by_seed.mean(0).tolist(), row["examples"], strict=True)

@@ -30,7 +30,7 @@ def word_counts() -> np.ndarray:
 
 
 def drawn_words(rng: np.random.Generator, power: float, size: tuple[int, ...]) -> np.ndarray:
-    """int32 words, as probable as a power of their counts."""
+    """int32 words, drawn in proportion to a power of their counts."""
     total = np.cumsum(word_counts().astype(np.float64) ** power)
     return np.searchsorted(total, rng.random(size) * total[-1], side="right").astype(np.int32)
 
@@ -39,9 +39,9 @@ class SkipGram(Model):
     """Distinguishes the words around a word from drawn words.
 
     Mikolov et al., arXiv:1310.4546: frequent words are left out at random, and wrong answers are
-    drawn by the counts to the power of 3/4. `neighbours` is the share of a word's ten nearest by
-    the rows' cosine that are among its fifty nearest by counts (positive pointwise mutual
-    information with the words around it), for some of the frequent words.
+    drawn in proportion to the counts to the power of 3/4. The metric `neighbours`, for some of the
+    frequent words: of a word's ten nearest by the rows' cosine, the share that is among its fifty
+    nearest by counts (positive pointwise mutual information with the words around them).
     """
 
     name = "skip-gram"
@@ -61,7 +61,7 @@ class SkipGram(Model):
     def drawn_pairs(
         self, rng: np.random.Generator, blocks: np.ndarray, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Words and words near them, none of them unknown."""
+        """`count` words, and a word near each; none is unknown."""
         share = word_counts() / word_counts().sum()
         probability = np.sqrt(self.subsampling / share.clip(1e-12)).clip(0, 1)
         probability[0] = 0
@@ -80,7 +80,7 @@ class SkipGram(Model):
         return np.concatenate(words)[:count], np.concatenate(around)[:count]
 
     def batches(self, seed: int) -> Batches:
-        """Words, and candidates for a word near them, the right one first."""
+        """Words, and candidates for a word near each, the right one first."""
         rng = np.random.default_rng(seed)
         pairs = self.drawn_pairs(rng, data.text().training, math.prod(self.size))
         words, around = (x.reshape(self.size) for x in pairs)
@@ -111,13 +111,13 @@ class SkipGram(Model):
         cosines = (rows[probes] @ rows.T).at[jnp.arange(len(probes)), probes].set(-jnp.inf)
         _, nearest = jax.lax.top_k(cosines, 10)
         shares = jnp.take_along_axis(jnp.asarray(near), nearest, 1).mean(1)
-        # Rows that are not finite have no neighbours.
+        # A row that is not finite has no neighbours.
         shares = jnp.where(jnp.isfinite(cosines.max(1)), shares, jnp.nan)
         return {"loss": right + wrong.sum(1), "neighbours": shares}
 
     @functools.cached_property
     def counted_neighbours(self) -> tuple[np.ndarray, np.ndarray]:
-        """The probed words, and for each which frequent words are near; both without word 0."""
+        """The probed words, and for each, which frequent words are near; index i is word i + 1."""
         words, counts = self.frequent, np.zeros((self.frequent + 1,) * 2)
         blocks = np.where(data.text().training <= words, data.text().training, 0)
         for offset in range(1, self.window + 1):
@@ -142,7 +142,7 @@ class NextWord(Model):
     """The next word from the four before it: one hidden layer, a softmax over all words.
 
     After Bengio et al. (2003). Training compares the right word with words that are drawn by their
-    counts, the same for a whole batch. The metric is the loss of the full softmax.
+    counts, the same ones for a whole batch. The metric is the loss of the full softmax.
     """
 
     name = "next word"
@@ -157,7 +157,7 @@ class NextWord(Model):
         kernel = np.zeros((len(counts), self.width + 1))
         kernel[:, -1] = np.log(counts / counts.sum())
         return {
-            # The last row stands for what is before a block.
+            # The last row is that of the padding before a block.
             "word": normal(word, 0.1, len(counts) + 1, self.width),
             "hidden": layer(first, self.window * self.width, self.hidden),
             "projection": layer(second, self.hidden, self.width),
@@ -168,11 +168,11 @@ class NextWord(Model):
     def drawn_windows(
         self, rng: np.random.Generator, blocks: np.ndarray, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        every = data.training.Windows(blocks, self.window, data.text().boundary)
-        return every.at(every.starts[rng.permutation(len(every.starts))[:count]])
+        windows = data.training.Windows(blocks, self.window, data.text().boundary)
+        return windows.at(windows.starts[rng.permutation(len(windows.starts))[:count]])
 
     def batches(self, seed: int) -> Batches:
-        """The words before, the next one, and the drawn ones."""
+        """The words before, the next word, and the drawn words."""
         rng = np.random.default_rng(seed)
         before, word = self.drawn_windows(rng, data.text().training, math.prod(self.size))
         drawn = drawn_words(rng, 1.0, (self.epochs, self.steps, self.drawn))

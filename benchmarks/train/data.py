@@ -127,9 +127,9 @@ def make_text(description: str, texts: Sequence[str], most_words: int) -> Text:
         )
     size = min(_BLOCK, len(tokens) // 32)
     blocks = [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]
-    every = max(16, round(len(tokens) / _HELD_OUT))
-    held_out = blocks[every // 2 :: every]
-    del blocks[every // 2 :: every]
+    interval = max(16, round(len(tokens) / _HELD_OUT))
+    held_out = blocks[interval // 2 :: interval]
+    del blocks[interval // 2 :: interval]
 
     counts = Counter(word for block in blocks for word in block)
     known = sorted((-count, word) for word, count in counts.items() if count > 1)
@@ -170,12 +170,9 @@ class Batches:
 
     def __init__(self, windows: Windows, size: int, seed: int):
         self.windows, self.size = windows, size
-
-        @functools.lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
-            return np.random.default_rng((seed, epoch)).permutation(windows.starts)
-
-        self.order = order
+        self.order = functools.lru_cache(maxsize=2)(
+            lambda epoch: np.random.default_rng((seed, epoch)).permutation(windows.starts)
+        )
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """A step's batch, as `Windows.at` returns it."""

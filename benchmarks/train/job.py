@@ -21,7 +21,7 @@ from benchmarks.train import checkpoints, data, model, report
 from benchmarks.train.checkpoints import Run
 from benchmarks.train.interruption import Interruption
 from benchmarks.train.options import ROWS, Config, UserError, resume_command
-from benchmarks.train.processes import ALONE, AXIS, Processes, join, on_all_devices, on_one_device
+from benchmarks.train.processes import ALONE, AXIS, Processes, join, on_all_devices
 
 say = functools.partial(print, flush=True)
 
@@ -116,7 +116,13 @@ def all_batches(config: Config, text: data.Text) -> Callable[[int], model.Batch]
 def run(options: argparse.Namespace, interruption: Interruption) -> int:
     """Starts or resumes a run; returns the exit status."""
     began = time.perf_counter()
-    run, saved = _new_or_saved(options)
+    files = [str(Path(path).resolve()) for path in options.text or []]
+    saved: dict[str, np.ndarray] = {}
+    if options.resume:
+        run, saved = checkpoints.load(options.resume, options.chosen)
+        run.files = files or run.files
+    else:
+        run = Run(options.config, files, options.folder)
     if saved and run.is_evaluated:
         say(f"{run.folder}: all {len(run.losses)} steps are taken, nothing is left to resume")
         return 0
@@ -175,16 +181,6 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
     return 0 if run.is_finished else interruption.status
 
 
-def _new_or_saved(options: argparse.Namespace) -> tuple[Run, dict[str, np.ndarray] | None]:
-    """A new run, or the run to resume and the arrays of its checkpoint."""
-    files = [str(Path(path).resolve()) for path in options.text or []]
-    if not options.resume:
-        return Run(options.config, files, options.folder), None
-    run, saved = checkpoints.load(options.resume, options.chosen)
-    run.files = files or run.files
-    return run, saved
-
-
 def _train(
     run: Run,
     tx: adamjax.Transform,
@@ -236,7 +232,8 @@ def _train(
             if processes.is_first and time.perf_counter() - last_saved >= options.save_every:
                 checkpoints.save(run)
                 last_saved = time.perf_counter()
-    run.params, run.state = on_one_device((run.params, run.state))
+    # The copies on this process' first device.
+    run.params, run.state = jax.tree.map(lambda x: x.addressable_data(0), (run.params, run.state))
     if not math.isfinite(run.losses[-1]):
         raise UserError(
             f"the loss is {run.losses[-1]} at step {len(run.losses)}: lower --learning-rate"

@@ -77,8 +77,8 @@ class Processes:
     def agree(self, what: str, *values: object) -> None:
         """Raises a `UserError` unless all processes were given the same values."""
         digest = hashlib.sha256(repr(values).encode()).digest()
-        every = self.gathered(np.frombuffer(digest, np.uint8))
-        others = np.flatnonzero((every != every[0]).any(axis=1))
+        digests = self.gathered(np.frombuffer(digest, np.uint8))
+        others = np.flatnonzero((digests != digests[0]).any(axis=1))
         if others.size:
             raise UserError(f"process {others[0]} has {what} other than process 0's")
 
@@ -117,8 +117,3 @@ def join(coordinator: str, count: int, number: int) -> Processes:
 def on_all_devices(mesh: Mesh, tree: Any) -> Any:
     """This process' arrays as arrays of the mesh, with a whole copy on each device."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def on_one_device(tree: Any) -> Any:
-    """This process' first copy of each array, given arrays with a whole copy on each device."""
-    return jax.tree.map(lambda x: x.addressable_data(0), tree)
