@@ -59,7 +59,7 @@ def names_in_every_round(rounds: Rounds, names: Iterable[str]) -> list[str]:
 
 
 def times(rounds: Rounds, names: Sequence[str], scale: float = 1e3) -> dict[str, Any]:
-    """The spread of each contender's seconds, in milliseconds unless the scale says otherwise."""
+    """The spread of each contender's seconds times `scale`: by default milliseconds."""
     return {n: spread([scale * one_round[n] for one_round in rounds]) for n in names}
 
 

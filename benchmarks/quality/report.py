@@ -149,7 +149,6 @@ def rates_at_an_end(results: Results) -> list[str]:
 
 
 def page(results: Results) -> str:
-    """The report in Markdown."""
 
     def picture(name: str) -> str:
         return f"![{CAPTIONS[name]}](quality-{name}.png)\n\n*{CAPTIONS[name]}*"

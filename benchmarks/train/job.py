@@ -154,7 +154,7 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
     if saved:
         checkpoints.restore(run, saved)
     else:
-        say("counting words, compiling the evaluation, and evaluating what the run starts with ...")
+        say("counting words, compiling the evaluation, and evaluating the initial weights ...")
         run.held_out = {**data.counted_losses(text), "before": evaluate(run.params)}
     say("held-out: " + ", ".join(f"{name} {x:.3f}" for name, x in run.held_out.items() if x))
 

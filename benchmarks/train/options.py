@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options; `chosen` has the given options of `Config`, `config` has all.
+    """The options; `chosen` has the options of `Config` on the command line, `config` has all.
 
     Raises:
       UserError: they do not fit together, or a file or folder that they name cannot be used.

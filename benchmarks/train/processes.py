@@ -54,7 +54,7 @@ class Processes:
             yield
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             # On a CPU a broken connection raises one or the other. Only the words of the message
-            # tell it from other errors.
+            # distinguish it from other errors.
             text = str(error).lower()
             if self.count == 1 or not any(word in text for word in _CONNECTION_WORDS):
                 raise
