@@ -118,13 +118,13 @@ def gradients(mode, clipped_as=None):
 def prepared(case):
     """The optimizer of a case, and the function from a step's index to its gradients."""
     system, name, variant, mode = case.split("|")
-    first = clips_first(*case.split("|"))
+    clip_first = clips_first(*case.split("|"))
     options = {"rows": "lazy" if is_lazy(system, name) else "dense"}
     settings = VARIANTS[variant]
-    if first:
+    if clip_first:
         settings = dataclasses.replace(settings, clips=())
     tx = optimizer(system, LAZY.get(name, name), settings, **options)
-    return tx, gradients(mode, variant if first else None)
+    return tx, gradients(mode, variant if clip_first else None)
 
 
 def is_mixed(system, name, variant, mode):
@@ -260,9 +260,9 @@ def test_a_clip_before_the_sum_of_equal_rows_differs_from_one_after_it(variant):
     differences = []
     for t in range(STEPS):
         values, b = ROWS["val_dup"][t], ORACLE.grads["head"]["kernel"][t]
-        first = summed(clipped(variant, values, b)[0], t)
-        last = clipped(variant, summed(values, t), b)[0]
-        differences.append(np.abs(first - last).max())
+        clipped_first = summed(clipped(variant, values, b)[0], t)
+        summed_first = clipped(variant, summed(values, t), b)[0]
+        differences.append(np.abs(clipped_first - summed_first).max())
     assert max(differences) > 0.01
 
 
