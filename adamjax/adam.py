@@ -106,8 +106,8 @@ def _check_dtypes(rule: Any, *names: str) -> None:
         if dtype not in (jnp.bfloat16, np.float32, np.float64):
             raise TypeError(
                 f"{type(rule).__name__}: {name} is {dtype.name}, expected bfloat16, float32 or "
-                "float64: the squares of gradients below 2e-4 are 0 in float16, and averages below "
-                "3e-8 too"
+                "float64: squares of gradients below 1.7e-4 are 0 in float16, and so are averages "
+                "below 3e-8"
             )
         rule.set_fields(**{name: dtype.name})
 

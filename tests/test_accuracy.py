@@ -1,4 +1,4 @@
-"""Two hundred steps of every rule in float32 against the float64 references."""
+"""Two hundred steps of every rule in float32, compared with the float64 references."""
 
 import functools
 
@@ -13,7 +13,7 @@ import adamjax
 STEPS = 200
 SIZE = 64
 SEEDS = range(3)
-BOUND = 2e-6  # of the leaf's largest update at the same step
+TOLERANCE = 2e-6  # of the leaf's largest update at the same step
 
 # Name: the transform, its options, and the reference, which takes the same options.
 RULES = {
@@ -43,32 +43,32 @@ def log_uniform(rng):
 
 
 def tiny(rng):
-    """As small as the epsilons, so that these show."""
+    """About as small as the epsilons, so that these matter."""
     return rng.normal(size=(STEPS, SIZE)) * 10 ** rng.uniform(-9, -6, SIZE)
 
 
 def constant(rng):
-    """Rounding has nothing to average out: an error of the decay adds up step by step."""
+    """Errors of the decay add up step by step, because rounding errors do not average out."""
     return np.tile(rng.normal(size=SIZE), (STEPS, 1))
 
 
 def sparse_in_time(rng):
-    """The whole leaf goes without a gradient most of the time, as an embedding's row does."""
-    touched = rng.random((STEPS, 1)) < 0.05
-    touched[0] = True
-    return rng.normal(size=(STEPS, SIZE)) * touched
+    """The whole leaf has no gradient in most steps, like a row of an embedding."""
+    has_gradient = rng.random((STEPS, 1)) < 0.05
+    has_gradient[0] = True
+    return rng.normal(size=(STEPS, SIZE)) * has_gradient
 
 
 def first_step_only(rng):
-    """After the first step only decay, and the bound shrinks with the updates.
+    """After the first step, moments only decay, and the allowed error shrinks with the updates.
 
-    No kind is harder: float32 moments alone cause an error of 1.6e-6.
+    This is the hardest kind: float32 moments alone cause an error of 1.6e-6.
     """
     return rng.normal(size=(STEPS, SIZE)) * (np.arange(STEPS) == 0)[:, None]
 
 
 def late(rng):
-    """Zeros, and a state of zeros, for the first fifty steps."""
+    """Zeros for the first fifty steps, so that the state stays zero."""
     return rng.normal(size=(STEPS, SIZE)) * (np.arange(STEPS) >= 50)[:, None]
 
 
@@ -107,17 +107,17 @@ def updates(rule, betas):
 @pytest.mark.parametrize("betas", BETAS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.slow
-def test_update(rule, betas, kind):
-    _, options, expect = RULES[rule]
+def test_updates_are_near_those_of_the_reference(rule, betas, kind):
+    _, options, reference_updates = RULES[rule]
     for seed in SEEDS:
         leaf = f"{kind}/{seed}"
         actual = updates(rule, betas)[leaf]
-        expected = np.stack(expect(gradients()[leaf], *BETAS[betas], **options))
+        expected = np.stack(reference_updates(gradients()[leaf], *BETAS[betas], **options))
         assert actual.dtype == np.float32
         error = np.abs(actual - expected).max(axis=1)
         largest = np.abs(expected).max(axis=1)
-        worst = int(np.argmax(error - BOUND * largest))
-        assert (error <= BOUND * largest).all(), (
+        worst = int(np.argmax(error - TOLERANCE * largest))
+        assert (error <= TOLERANCE * largest).all(), (
             f"{leaf}, step {worst + 1}: error {error[worst]:.3g}, "
             f"{error[worst] / largest[worst]:.3g} of the largest update"
         )

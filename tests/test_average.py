@@ -22,7 +22,7 @@ PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
 
 
 def run(tx, steps, params=PARAMS):
-    """Weights and averages of every step, the initial ones first."""
+    """The weights and averages before the first step and after each step."""
     state = tx.init(params)
     history = [(params, averaged_weights(state))]
     step = jax.jit(tx.update)
@@ -34,7 +34,7 @@ def run(tx, steps, params=PARAMS):
     return history
 
 
-def test_before_the_first_step_the_average_is_the_weights():
+def test_before_the_first_step_the_average_is_a_copy_of_the_weights():
     tx = chain(adam(), weight_ema())
     state = tx.init(PARAMS)
     assert_same(averaged_weights(state), PARAMS)
@@ -43,7 +43,7 @@ def test_before_the_first_step_the_average_is_the_weights():
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.99, 1.0, jnp.float32(0.75)])
-def test_the_average_is_its_formula(momentum):
+def test_the_average_follows_its_formula(momentum):
     history = run(chain(adam(0.1), weight_ema(momentum)), 5)
     expected = jax.tree.map(lambda p: np.asarray(p, np.float64), PARAMS)
     b = float(momentum)
@@ -58,8 +58,8 @@ def test_the_average_is_its_formula(momentum):
 
 
 @pytest.mark.parametrize("frequency", [1, 2, 3, 2.0, jnp.array(2)])
-def test_every_so_many_steps_the_average_is_put_into_the_weights(frequency):
-    """At steps f, 2f, ... The weights may be off by an ulp, because the update is a difference."""
+def test_the_average_overwrites_the_weights_every_so_many_steps(frequency):
+    """At steps f, 2f, ... The weights may be off by an ulp, because an update is a difference."""
     history = run(chain(adam(0.1), weight_ema(0.5, frequency)), 7)
     for t, (params, average) in enumerate(history[1:], start=1):
         if t % int(frequency) == 0:
@@ -69,7 +69,7 @@ def test_every_so_many_steps_the_average_is_put_into_the_weights(frequency):
 
 
 def test_the_largest_frequency_overwrites_at_the_largest_count():
-    """The step moves the weights from 0 to 4, and the average from 0 to 2."""
+    """The step moves the weights from 0 to 4 and the average from 0 to 2; one step overwrites."""
     tx = chain(scale(-1.0), weight_ema(0.5, 2**31 - 1))
     params = jnp.array(0.0)
     for count, expected in ((2**31 - 3, 4.0), (2**31 - 2, 2.0)):
@@ -79,7 +79,7 @@ def test_the_largest_frequency_overwrites_at_the_largest_count():
         assert float(updates) == expected
 
 
-def test_the_average_takes_in_the_weights_before_it_overwrites_them():
+def test_the_average_includes_the_weights_before_it_overwrites_them():
     tx = chain(scale(-1.0), weight_ema(0.5, 2))
     p, seen = jnp.array(0.0), []
     state = tx.init(p)
@@ -92,7 +92,7 @@ def test_the_average_takes_in_the_weights_before_it_overwrites_them():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
-def test_the_average_is_of_the_very_weights_that_the_step_leaves(dtype, jit):
+def test_the_average_is_of_the_rounded_weights_after_the_step(dtype, jit):
     """With momentum 0 they are equal bit for bit, however they were rounded."""
     rng = np.random.default_rng(0)
     params = jnp.asarray(rng.normal(size=2000), dtype)
@@ -111,7 +111,7 @@ def test_the_average_is_of_the_very_weights_that_the_step_leaves(dtype, jit):
 
 @pytest.mark.parametrize("wide_grads", [False, True])
 def test_the_average_is_finer_than_low_precision_weights(wide_grads):
-    """It is kept in float32: 500 steps, each a thousandth of the way, are not lost."""
+    """It is in float32, so 500 steps are not lost, each of which goes a thousandth of the way."""
     params = jnp.ones(2, jnp.bfloat16)
     grads = jnp.full(2, 0.5, jnp.float32 if wide_grads else jnp.bfloat16)
     tx = chain(scale(-1.0), weight_ema(0.999))
@@ -124,8 +124,8 @@ def test_the_average_is_finer_than_low_precision_weights(wide_grads):
     assert_same(averaged_weights(state, params), jnp.full(2, expected, jnp.bfloat16))
 
 
-def test_the_average_moves_with_the_step_only():
-    """Not in micro-batches, not in steps that are skipped."""
+def test_the_average_moves_only_when_a_step_is_taken():
+    """It does not move in micro-batches or in steps that are skipped."""
     inner = chain(adam(0.1), weight_ema(0.5))
     tx = skip_not_finite(accumulate_gradients(inner, 2))
     state = tx.init(PARAMS)
@@ -138,7 +138,7 @@ def test_the_average_moves_with_the_step_only():
     assert np.all(averaged_weights(state)["w"] != PARAMS["w"])
 
 
-def test_averaged_weights_of_odd_trees():
+def test_averaged_weights_of_integers_none_and_leaves_without_an_average():
     params = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(2), "none": None, "x": 2.0}
     tx = chain(adam(), masked(weight_ema(), "w|x|n"))
     state = tx.init(params)
@@ -148,12 +148,12 @@ def test_averaged_weights_of_odd_trees():
     assert whole["w"].dtype == jnp.bfloat16
     assert float(whole["x"]) == 2.0
     assert whole["none"] is None
-    # A leaf without an average stands for itself.
+    # A leaf without an average is returned as it is.
     part = chain(adam(), masked(weight_ema(), "w")).init(params)
     assert averaged_weights(part, params)["x"] == 2.0
 
 
-def test_overwriting_at_the_largest_count_goes_on():
+def test_overwriting_continues_at_the_largest_count():
     tx = weight_ema(0.5, 1)
     state = tx.init(PARAMS)._replace(count=jnp.array(jnp.iinfo(jnp.int32).max, jnp.int32))
     updates, state = tx.update(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)

@@ -18,17 +18,17 @@ CASE = contenders.Case(600, 4, 16, "uniform")
 def batches(distinct=True):
     """Gradients far above every epsilon, so that the form of the epsilon matters little."""
     rng = np.random.default_rng(0)
-    pick = [
+    indices_of_steps = [
         rng.choice(CASE.rows, CASE.reads, replace=not distinct)
         for _ in range(contenders.INDEX_ARRAYS)
     ]
     values = rng.uniform(1, 2, (contenders.VALUE_ARRAYS, CASE.reads, CASE.width))
     values *= rng.choice([-1, 1], values.shape)
-    return np.array(pick, np.int32), values.astype(np.float32)
+    return np.array(indices_of_steps, np.int32), values.astype(np.float32)
 
 
 def start_table():
-    """What every contender's table is before the first step."""
+    """The table of every contender before the first step."""
     return np.resize(contenders.start_rows(CASE.width), (CASE.rows, CASE.width))
 
 
@@ -58,14 +58,14 @@ def test_dense_contenders_do_what_optax_does(name, monkeypatch):
     np.testing.assert_allclose(moves_of(name, data), moves_of("optax", data), atol=2e-7)
 
 
-def test_lazy_contenders_do_the_same():
+def test_lazy_contenders_do_what_torch_does():
     pytest.importorskip("torch")
     data = batches(distinct=False)
     np.testing.assert_allclose(moves_of("torch sparse", data), moves_of("lazy", data), atol=2e-7)
 
 
-def test_the_exact_step_reads_the_rows_of_the_dense_optimizer():
-    """Its gradients depend on the rows that it reads. The lazy step's rows are others."""
+def test_the_exact_step_reads_rows_with_the_values_of_the_dense_optimizer():
+    """Its gradients depend on the values of the rows. The lazy step reads other values."""
     data = batches()
     start = {"table": start_table()}
     tx = adamjax.adam(steps.RATE)
@@ -93,7 +93,7 @@ def test_indices_are_as_skewed_as_the_names_say():
 
 
 class FakeWorker:
-    """A worker that answers at once; torch's ends when it should take a sample."""
+    """A worker that answers at once. It ends when it is asked for a sample of a torch contender."""
 
     def __init__(self, *arguments, **environment):
         pass
@@ -112,8 +112,8 @@ class FakeWorker:
 
 
 @pytest.mark.parametrize("in_turn", [True, False])
-def test_a_contender_that_ends_is_named_and_the_others_go_on(monkeypatch, in_turn):
-    """Whether all fit in memory and take turns, or each is measured on its own."""
+def test_a_contender_whose_worker_ends_is_listed_and_the_others_are_measured(monkeypatch, in_turn):
+    """In turn, if all contenders fit in memory together; otherwise each is measured alone."""
     monkeypatch.setattr(workers, "Worker", FakeWorker)
     monkeypatch.setattr(rows, "fits", lambda pool, cases: in_turn)
     with workers.WorkerPool("rows", list(contenders.ALL_CONTENDERS), measure.Device()) as pool:
@@ -177,7 +177,7 @@ def test_large_batches_take_fewer_rounds_and_have_fewer_values(monkeypatch):
         assert rows.fits(pool, rows.MAIN) == fits
 
 
-def test_quick_run(tmp_path):
+def test_a_quick_run_writes_its_results(tmp_path):
     options = "--quick --sittings 1 --rounds 2 --grid-rounds 2 --only V=4k --out rows.json"
     done = run_benchmarks("rows", *options.split(), "--contenders", "exact;optax", cwd=tmp_path)
     assert "4k rows of 8 columns, 64 indices" in done.stdout, done.stderr
@@ -245,6 +245,6 @@ def test_tables_show_all_cases_and_bounds():
         assert f"| {what} | at most 26 | 26.5 | **no** |" in lines
     assert sum("| not measured |" in line for line in lines) == 7
     assert sum("2.4 | **no** |" in line for line in lines) == 1
-    # Those of the grid that do not fit, of 4,000,000 rows: 3 widths, 3 numbers, 2 kinds of indices.
+    # The grid's cases of 4,000,000 rows: 3 widths, 3 numbers of indices, 2 kinds of indices.
     assert "In 18 cases" in text
     assert f"{rows.GRID[0].name}: keras: ended." in text

@@ -1,4 +1,4 @@
-"""Steps on rows in blocks: the same result, however the rows are cut into blocks."""
+"""Steps on rows in blocks: the result does not depend on how the rows are split into blocks."""
 
 import functools
 import math
@@ -16,16 +16,20 @@ from adamjax import blocks
 V, D = 60, 3
 
 # Values of `_MAX_UNLOOPED_ROWS` and `_BLOCK_ROWS`.
-SIZES = {"several blocks": (0, 7), "one row": (0, 1), "a block larger than the batch": (0, 64)}
+BLOCK_SIZES = {
+    "several blocks": (0, 7),
+    "one row": (0, 1),
+    "a block larger than the batch": (0, 64),
+}
 
 
 @pytest.fixture
 def set_block_sizes(monkeypatch):
-    """A function that sets both sizes, and drops what was traced with other sizes."""
+    """A function that sets both sizes, and clears JAX's caches of programs with other sizes."""
 
-    def set_sizes(most, size):
-        monkeypatch.setattr(blocks, "_MAX_UNLOOPED_ROWS", most)
-        monkeypatch.setattr(blocks, "_BLOCK_ROWS", size)
+    def set_sizes(max_unlooped, block_rows):
+        monkeypatch.setattr(blocks, "_MAX_UNLOOPED_ROWS", max_unlooped)
+        monkeypatch.setattr(blocks, "_BLOCK_ROWS", block_rows)
         jax.clear_caches()
 
     yield set_sizes
@@ -52,8 +56,8 @@ def run_in_blocks(table, indices, rows, reads):
 
 @pytest.mark.parametrize("n", [1, 7, 8, 20])
 @pytest.mark.slow
-def test_blocks_do_what_one_does(set_block_sizes, n):
-    """Of n indices, `num_inside` at most are rows of the table; the others stand for no row."""
+def test_several_blocks_compute_the_same_as_one_step(set_block_sizes, n):
+    """Of n indices, at most `num_inside` are rows of the table; the others stand for no row."""
     set_block_sizes(0, 7)
     run = jax.jit(run_in_blocks)
     for num_inside in (0, 1, 7, 20):
@@ -67,7 +71,7 @@ def test_blocks_do_what_one_does(set_block_sizes, n):
         table, count, found = run(jnp.ones((V, D)), ids, rows, reads)
         assert_close(table, expected)
         assert_close(np.asarray(found)[inside], (rows + reads)[inside])
-        # As few blocks as can be of at most 7 rows, all of one size; those without are skipped.
+        # All blocks have the same size, at most 7 rows. Those after the last row are skipped.
         size = math.ceil(n / math.ceil(n / 7))
         assert int(count) == math.ceil(min(num_inside, n) / size)
 
@@ -109,12 +113,12 @@ def batch(t):
         return np.full(20, V)
     rng = np.random.default_rng(t)
     ids = rng.integers(-3, V + 3, size=20)
-    # The smaller of an index and another one: so some are equal.
+    # Each is the smaller of two of these indices, so some are equal.
     return np.minimum(ids, ids[rng.integers(20, size=20)])
 
 
 def trained(tx, dtype=jnp.float32, steps=6):
-    """Weights after some steps, all rows up to date, the dense optimizer's state, the last loss."""
+    """The up-to-date parameters, the dense optimizer's state and the loss, after some steps."""
     params = {"t": jnp.linspace(-1, 1, V * D, dtype=dtype).reshape(V, D), "w": jnp.ones(D)}
     state = tx.init(params)
     exact = isinstance(tx, adamjax.exact_rows)
@@ -131,14 +135,14 @@ def trained(tx, dtype=jnp.float32, steps=6):
     return params, state, last_loss
 
 
-# The chain has all that "exact" has. A block of one row, or larger than the batch, is the same to
-# every mode, so that one mode of each kind of rows is tried with it.
+# "exact, whole chain" includes all that "exact" tests. Blocks of one row and blocks larger than the
+# batch are tested only with one lazy and one exact mode.
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("lazy", list(SIZES)),
+        ("lazy", list(BLOCK_SIZES)),
         ("dense", ["several blocks"]),
-        ("exact, whole chain", list(SIZES)),
+        ("exact, whole chain", list(BLOCK_SIZES)),
         ("exact, replay", ["several blocks"]),
     ],
     ids=lambda x: x if isinstance(x, str) else f"{len(x)} sizes",
@@ -146,8 +150,8 @@ def trained(tx, dtype=jnp.float32, steps=6):
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_blocks(set_block_sizes, name, sizes):
     expected = trained(MODES[name]())
-    for most, size in map(SIZES.get, sizes):
-        set_block_sizes(most, size)
+    for max_unlooped, block_rows in map(BLOCK_SIZES.get, sizes):
+        set_block_sizes(max_unlooped, block_rows)
         assert_close(trained(MODES[name]()), expected, rtol=2e-6, atol=2e-6)
 
 
@@ -160,22 +164,23 @@ def test_results_of_narrow_tables_do_not_depend_on_the_blocks(set_block_sizes, n
     assert_close(params, expected[0], rtol=2**-7)
 
 
-# Optimizers by the hyperparameter that a loss is differentiated by: b1, or the learning rate.
-DIFFERENTIATED = {
+# Functions from a hyperparameter (b1 or the learning rate) to an optimizer. A loss is
+# differentiated by this hyperparameter.
+MAKERS_BY_HYPERPARAMETER = {
     "lazy": lambda b1: adamjax.adam(0.1, b1, rows="lazy"),
     "dense": lambda b1: adamjax.adamw(0.1, b1),
     "exact": lambda rate: adamjax.exact_rows(adamjax.adamw(rate, weight_decay=0.1), "t"),
 }
 
 
-@pytest.mark.parametrize("name", DIFFERENTIATED)
+@pytest.mark.parametrize("name", MAKERS_BY_HYPERPARAMETER)
 @pytest.mark.slow
 def test_derivatives_do_not_depend_on_the_blocks(set_block_sizes, name):
     """Derivatives by a hyperparameter, the table and its gradient: reverse and forward mode."""
 
     @jax.jit
     def outcome(hyperparameter, table, values):
-        tx, params = DIFFERENTIATED[name](hyperparameter), {"t": table}
+        tx, params = MAKERS_BY_HYPERPARAMETER[name](hyperparameter), {"t": table}
         state = tx.init(params)
         for t in range(2):
             grads = {"t": adamjax.row_gradient(jnp.asarray(batch(t)), values, V)}
@@ -218,7 +223,7 @@ def test_outside_of_jit_the_loop_of_an_update_is_compiled_once(compilations):
     grads = {"t": large_row_gradient()}
     updates, state = tx.update(grads, tx.init(params), params)
     expected_updates, expected_state = jax.jit(tx.update)(grads, tx.init(params), params)
-    # The updates of a table are no array, so they are compared as applied.
+    # The updates of a table are not an array, so the updated tables are compared.
     assert_close(params["t"] + updates["t"], params["t"] + expected_updates["t"])
     assert_close(state, expected_state)
     compilations.clear()
@@ -235,7 +240,7 @@ def test_outside_of_jit_the_loop_of_an_addition_is_compiled_once(compilations):
     assert not compilations
 
 
-def test_a_large_batch_is_a_loop_and_a_small_one_is_not():
+def test_a_large_batch_is_processed_in_a_loop_and_a_small_one_is_not():
     tx, params = adamjax.exact_rows(adamjax.adam(), "t"), {"t": jnp.zeros((V, D))}
 
     def lowered(n):
@@ -257,7 +262,7 @@ def test_a_large_batch_is_a_loop_and_a_small_one_is_not():
 
 
 def many_tables(count, widths=(3,)):
-    """Tables t0, t1 and so on, of different numbers of rows; the widths come by turns."""
+    """Tables t0, t1 and so on, with different numbers of rows. They have the widths in turn."""
     shapes = {f"t{i}": (V + 5 * i, widths[i % len(widths)]) for i in range(count)}
     return {name: jnp.linspace(-1, 1, v * d).reshape(v, d) for name, (v, d) in shapes.items()}
 
@@ -293,7 +298,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.slow
 def test_tables_updated_together_move_as_each_alone(name):
-    """Three tables of one width and one of another, by row gradients and by dense gradients."""
+    """Four tables, three of one width. `exact_rows` is compared with the dense optimizer."""
     dense = OPTIMIZERS[name]()
     exact = adamjax.exact_rows(dense, "t")
     params = many_tables(4, widths=(3, 3, 2))
@@ -340,7 +345,7 @@ def test_a_ring_is_not_read_by_other_tables():
     step, dense_step = train_step(new), train_step(new_dense)
     with pytest.raises(ValueError, match=r"'t0 and 1 more .*expected .*'t1 and 1 more .*flush"):
         step(params, state, ids)
-    # What the error advises.
+    # The error advises this.
     params, state = old.flush(params, state)
     state = new.from_dense(state.inner, params)
     for t in range(5):
@@ -361,7 +366,7 @@ def test_the_program_of_many_tables_is_not_much_longer_than_that_of_one():
 
 
 @pytest.mark.slow
-def test_moves_are_applied_as_they_are():
+def test_moves_can_only_be_applied_unchanged():
     """Moves include those that rows have missed, so scaling or averaging them would be wrong."""
     tx, params = adamjax.exact_rows(adamjax.adam(0.1), "t"), many_tables(1)
     grads = {"t0": adamjax.row_gradient(jnp.array([3]), jnp.ones((1, D)), V)}
@@ -380,8 +385,8 @@ def test_moves_are_applied_as_they_are():
 
 @pytest.mark.parametrize("name", ["lazy", "exact"])
 @pytest.mark.slow
-def test_blocks_within_shard_map(set_block_sizes, name):
-    """The gradient varies over the mesh and the table does not: the result must vary."""
+def test_results_within_shard_map_do_not_depend_on_the_blocks(set_block_sizes, name):
+    """The gradient varies over the mesh and the table does not, so the result must vary."""
     tx, params = MODES[name](), {"t": jnp.ones((V, D))}
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
     state, ids = tx.init(params), jnp.asarray(batch(0))

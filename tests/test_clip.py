@@ -1,4 +1,4 @@
-"""Clipping: by value, by leaf, by the joint norm; and the norm itself."""
+"""Clips by value, by the norm of a leaf and by the global norm; and the global norm itself."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def tree(dtype=jnp.float32):
     return {"w": jnp.array([[3.0, -4.0]], dtype), "b": jnp.array([0.0, 12.0], dtype)}
 
 
-def test_each_is_what_it_says():
+def test_clips_of_values_of_leaf_norms_and_of_the_global_norm():
     def close(actual, w, b):
         np.testing.assert_allclose(actual["w"], w, rtol=1e-6)
         np.testing.assert_allclose(actual["b"], b, rtol=1e-6)
@@ -42,7 +42,7 @@ def test_each_is_what_it_says():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", CLIPS)
-def test_what_is_within_the_limit_passes_bit_for_bit(make, dtype):
+def test_gradients_within_the_limit_are_unchanged_bit_for_bit(make, dtype):
     rng = np.random.default_rng(0)
     grads = {str(i): jnp.asarray(rng.normal(size=7), dtype) for i in range(3)}
     assert_same(clip(make(100.0), grads), grads)
@@ -62,7 +62,7 @@ def test_a_traced_limit_of_0_makes_zeros_and_a_bad_one_makes_nan(make):
     for limit in (-1.0, jnp.nan):
         for grads in (zeros, tree()):
             assert all(np.isnan(g).all() for g in jax.tree.leaves(clipped(limit, grads)))
-    # A clipped element grows as the limit does.
+    # The clipped element equals the limit.
     slope = jax.grad(lambda limit: clip(make(limit), jnp.array([2.0]))[0])(1.0)
     assert float(slope) == 1.0
 
@@ -78,7 +78,7 @@ def test_a_limit_that_is_set_to_0_leaves_zeros(make):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", CLIPS)
-def test_zeros_stay_zero_also_under_the_smallest_limit(make, dtype):
+def test_zeros_stay_zero_even_under_a_tiny_limit(make, dtype):
     zeros = jax.tree.map(jnp.zeros_like, tree(dtype))
     for limit in (1.0, 1.2e-38, jnp.float32(1e-3)):
         assert_same(clip(make(limit), zeros), zeros)
@@ -93,7 +93,7 @@ def test_float16_squares_do_not_overflow():
         clipped = clip(make(100.0), grads)
         np.testing.assert_allclose(clipped["w"].astype(float), 50.0, rtol=1e-3)
         assert (clipped["w"].dtype, clipped["b"].dtype) == (jnp.float16, jnp.bfloat16)
-    # Nor do tiny ones vanish: 1e-5 squared is 0 in float16.
+    # Nor do small squares vanish: 1e-5 squared is 0 in float16.
     tiny = jnp.full(10_000, 1e-5, jnp.float16)
     assert float(global_norm(tiny)) == pytest.approx(1e-3, rel=1e-2)
 
@@ -112,12 +112,12 @@ def test_the_norm_of_33_million_elements_is_exact():
     assert float(global_norm(jnp.asarray(values))) == pytest.approx(norm, rel=1e-6)
 
 
-def test_the_norm_of_many_leaves():
+def test_the_norm_of_300_leaves():
     grads = {str(i): jnp.full((), 1.0 + i) for i in range(300)}
     assert float(global_norm(grads)) == pytest.approx(np.sqrt(np.sum(np.arange(1.0, 301) ** 2)))
 
 
-def test_the_norm_of_odd_trees():
+def test_the_norm_of_trees_with_integers_none_complex_or_no_elements():
     mixed = {"n": jnp.arange(3), "none": None, "z": jnp.zeros((0, 2)), "x": 3.0, "c": 4j}
     assert float(global_norm(mixed)) == 5.0
     assert float(global_norm({})) == 0.0
@@ -136,10 +136,10 @@ def test_the_norm_has_a_derivative_everywhere():
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, 1e20])
-def test_what_is_not_finite_is_seen(bad):
-    """By value: NaN stays NaN, infinities are limited. By norm: NaN, in the leaf or everywhere.
+def test_a_norm_that_is_not_finite_makes_nan(bad):
+    """By norm, the leaf or all leaves become NaN. By value, infinities are limited, NaN stays NaN.
 
-    1e20 is finite, but its norm is not in float32.
+    1e20 is finite, but its square overflows in float32.
     """
     grads = {"w": jnp.array([bad, 1.0]), "b": jnp.array([1.0, 2.0])}
     by_value = clip(clip_by_value(1.5), grads)
@@ -156,7 +156,7 @@ def test_what_is_not_finite_is_seen(bad):
     assert np.all(np.isnan(jointly["b"]))
 
 
-def test_complex_elements():
+def test_complex_elements_are_clipped():
     grads = jnp.array([3.0 + 4.0j, 0.1 - 5.0j])
     np.testing.assert_allclose(clip(clip_by_value(1.0), grads), [1.0 + 1.0j, 0.1 - 1.0j])
     assert float(global_norm(grads)) == pytest.approx(np.sqrt(50.01))
@@ -166,7 +166,7 @@ def test_complex_elements():
         assert clipped.dtype == grads.dtype
 
 
-def test_none_and_integers_count_nothing():
+def test_none_and_integers_do_not_count_in_the_norm():
     grads = {"w": jnp.array([3.0, 4.0]), "n": jnp.array([100]), "none": None}
     clipped = clip(clip_by_global_norm(1.0), grads)
     np.testing.assert_allclose(clipped["w"], [0.6, 0.8], rtol=1e-6)
@@ -194,9 +194,9 @@ def test_the_norm_of_leaves_of_several_dtypes_is_summed_in_the_widest():
         assert global_norm({"narrow": tree["narrow"]}).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("clip", [clip_by_global_norm, clip_by_norm, clip_by_value])
-def test_a_limit_that_was_edited_in_the_pytree_is_refused(clip):
+@pytest.mark.parametrize("make", [clip_by_global_norm, clip_by_norm, clip_by_value])
+def test_a_limit_that_was_edited_in_the_pytree_is_refused(make):
     for limit in (-1.0, 0.0, float("nan")):
-        edited = jax.tree.map(lambda _, limit=limit: limit, clip(1.0))
+        edited = jax.tree.map(lambda _, limit=limit: limit, make(1.0))
         with pytest.raises(ValueError, match=r"must be finite and at least .*, got"):
             edited.update({"w": jnp.ones(2)}, ())

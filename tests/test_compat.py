@@ -1,4 +1,4 @@
-"""Only `_compat.py` uses what releases of JAX change.
+"""Only `_compat.py` uses the parts of JAX that a release may change.
 
 If a module of JAX is missing, only the features that need it fail.
 """
@@ -17,7 +17,7 @@ from adamjax import _compat
 
 PACKAGE = Path(adamjax.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# What JAX may take away in any release.
+# Modules that any release of JAX may change or remove.
 UNSTABLE = ("jax.experimental", "jax.extend", "jax.interpreters", "jax._src", "jaxlib")
 
 
@@ -32,7 +32,7 @@ def run(program):
 
 
 def names_used(tree):
-    """All names with dots in a module: those that it imports, and attributes such as `jax.jit`."""
+    """The dotted names in a module: those that it imports, and attributes such as `jax.jit`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -43,7 +43,7 @@ def names_used(tree):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_what_a_release_may_take_away_is_in_one_module(path):
+def test_only_one_module_uses_unstable_names_of_jax(path):
     if path.name == "_compat.py":
         pytest.skip("this is the module")
     names = list(names_used(ast.parse(path.read_text())))
@@ -51,7 +51,7 @@ def test_what_a_release_may_take_away_is_in_one_module(path):
     assert not [x for x in names if x.startswith("jax.") and "._" in x]
 
 
-def test_the_search_for_names_finds_them():
+def test_names_used_finds_all_kinds_of_names():
     program = "import jax.experimental.layout\nfrom jax.extend import core\njax._src.core"
     assert {"jax.experimental.layout", "jax.extend.core", "jax._src.core"} <= set(
         names_used(ast.parse(program))
@@ -59,13 +59,13 @@ def test_the_search_for_names_finds_them():
 
 
 @pytest.mark.slow
-def test_the_import_warns_of_nothing():
-    """Warnings of deprecation are errors here, so that a name is replaced before it is gone."""
+def test_importing_adamjax_warns_of_nothing():
+    """Deprecation warnings are errors here, so that a name is replaced before JAX removes it."""
     done = run("import adamjax")
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-# Uses adamjax where JAX has lost the modules in GONE, and prints what their features do then.
+# Uses adamjax without some modules of JAX. Prints a table after a step, and the errors of features.
 PROGRAM_WITHOUT_MODULES = """
 import sys
 
@@ -75,7 +75,7 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 GONE = ("checkify", "layout")
-import chex, jax, jax.extend, jax.numpy as jnp  # which import some of these for themselves
+import chex, jax, jax.extend, jax.numpy as jnp  # these import some of the modules themselves
 for name in [name for name in sys.modules if name.startswith("jax.experimental.")]:
     if name.split(".")[2] in GONE:
         del sys.modules[name]
@@ -93,15 +93,15 @@ step = adamjax.train_step(loss_fn, tx)
 params, state, loss = step(params, jax.jit(tx.init)(params), jnp.array([2]))
 print(tx.flush(params, state)[0]["t"][:, 0].round(3).tolist())
 
-def message(function, *args, **options):
+def print_error(function, *args, **options):
     try:
         function(*args, **options)
     except Exception as error:
         print(type(error).__name__, error)
 
-message(adamjax.row_gradient, jnp.array([1]), jnp.ones((1, 2)), 4, check=True)
-message(adamjax.layout.row_major, jax.ShapeDtypeStruct((4, 2), jnp.float32))
-message(adamjax.value_and_grad(lambda t: jnp.tanh(t).sum(), "", strict=True), params["t"])
+print_error(adamjax.row_gradient, jnp.array([1]), jnp.ones((1, 2)), 4, check=True)
+print_error(adamjax.layout.row_major, jax.ShapeDtypeStruct((4, 2), jnp.float32))
+print_error(adamjax.value_and_grad(lambda t: jnp.tanh(t).sum(), "", strict=True), params["t"])
 """
 
 
@@ -109,20 +109,22 @@ message(adamjax.value_and_grad(lambda t: jnp.tanh(t).sum(), "", strict=True), pa
 def test_a_missing_module_of_jax_breaks_only_the_features_that_need_it():
     done = run(PROGRAM_WITHOUT_MODULES)
     assert done.returncode == 0, done.stderr[-4000:]
-    rows, checked, laid_out, strict = done.stdout.splitlines()
+    rows, check_error, row_major_error, strict_error = done.stdout.splitlines()
     assert rows == "[1.0, 1.0, 0.5, 1.0]"
     tail = f"which JAX {jax.__version__} does not have; install a newer adamjax, or an older JAX"
-    assert checked == (
+    assert check_error == (
         "NotImplementedError row_gradient: check=True needs jax.experimental.checkify, " + tail
     )
-    assert laid_out == (
+    assert row_major_error == (
         "NotImplementedError an order of dimensions in memory (row_major, formats) needs "
         "jax.experimental.layout, " + tail
     )
-    assert strict.startswith("ValueError value_and_grad: the table '' is used by tanh at a line")
+    assert strict_error.startswith(
+        "ValueError value_and_grad: the table '' is used by tanh at a line"
+    )
 
 
-def test_the_type_of_an_array_tells_its_mesh_and_the_kinds_of_axes():
+def test_the_type_of_an_array_has_its_mesh_with_the_kinds_of_axes():
     assert _compat.type_sharding(jnp.ones(3)) is None
     assert _compat.axis_kinds(jax.sharding.Mesh(jax.devices(), "x")) <= {"Auto", "Explicit"}
     seen = []

@@ -943,6 +943,24 @@ def test_leaves_that_do_not_accumulate_as_in_keras_are_refused(keras):
             convert.to_keras(tx.init(params), tx, params, optimizer)
 
 
+def test_an_accumulation_beside_the_rule_is_refused_by_keras(keras):
+    params, clip = {"w": jnp.ones(3)}, adamjax.clip_by_value(1.0)
+    optimizer = keras.optimizers.Adam(0.1, gradient_accumulation_steps=2, clipvalue=1.0)
+    optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
+    for tx in (
+        adamjax.chain(adamjax.accumulate_gradients(clip, 2), adamjax.adam(0.1)),
+        adamjax.chain(
+            clip,
+            KERAS_RULE,
+            adamjax.accumulate_gradients(adamjax.scale_by_learning_rate(0.1), 2),
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"Keras has its rule inside any accumulation"):
+            convert.from_keras(optimizer, tx, params)
+        with pytest.raises(ValueError, match=r"Keras has its rule inside any accumulation"):
+            convert.to_keras(tx.init(params), tx, params, optimizer)
+
+
 def test_a_leaf_that_keras_does_not_have_need_not_accumulate(keras):
     optimizer = keras.optimizers.Adam(0.1, gradient_accumulation_steps=2)
     optimizer.build([keras.Variable(np.ones(3, np.float32), name="v1")])

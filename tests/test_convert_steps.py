@@ -700,6 +700,15 @@ DIFFERENT_LATER_STEPS = {
 }
 
 
+def test_a_periodic_rate_by_the_count_of_the_moments_is_compared():
+    theirs = adam_with_rate_by_its_count(lambda count: 0.1 + 0.05 * jnp.cos(count / 500 * jnp.pi))
+    ours = adam_like_optax(0.15)
+    old = theirs.init(TWO_LEAVES)
+    old = old._replace(count=jnp.full_like(old.count, 1000))
+    with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.from_optax(old, ours, TWO_LEAVES, theirs)
+
+
 @pytest.mark.parametrize("name", DIFFERENT_LATER_STEPS)
 def test_differences_in_later_steps_are_refused(name):
     theirs, ours = DIFFERENT_LATER_STEPS[name]
@@ -1200,6 +1209,20 @@ def test_a_clip_of_gradients_larger_than_any_before_is_compared():
     convert.from_optax(old, ours, params, optimizer=theirs)
 
 
+@pytest.mark.parametrize("limit", [3.5, 6.5])
+def test_a_clip_of_directions_that_are_as_large_as_they_can_be_is_compared(limit):
+    theirs = optax.chain(optax.scale_by_adam(), optax.clip(limit), optax.scale(-0.1))
+    right = adamjax.chain(
+        adamjax.scale_by_adam(eps=1e-8),
+        adamjax.clip_by_value(limit),
+        adamjax.scale_by_learning_rate(0.1),
+    )
+    old = state_after(theirs, 20)
+    convert.from_optax(old, right, TWO_LEAVES, theirs)
+    with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.from_optax(old, adam_like_optax(), TWO_LEAVES, theirs)
+
+
 def test_frozen_leaves_inside_a_clip_are_no_false_alarm():
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
     parts = {"w": optax.adam(0.1), "b": optax.set_to_zero()}
@@ -1389,6 +1412,53 @@ def test_a_rate_that_is_infinite_at_a_count_in_the_past_hides_nothing():
     )
     with pytest.raises(ValueError, match=STEPS_DIFFER):
         convert.from_optax(old, rule, TWO_LEAVES, optimizer=theirs)
+
+
+def after_small_gradients(tx, n):
+    """The state after n steps with gradients of 0.01."""
+    grads, state = jax.tree.map(lambda p: 0.01 * p, TWO_LEAVES), tx.init(TWO_LEAVES)
+    for _ in range(n):
+        _, state = tx.update(grads, state, TWO_LEAVES)
+    return state
+
+
+# For each case: the rates of optax and of adamjax for a leaf without a rule, and the steps before.
+RATES_WITHOUT_RULE = {
+    "a drop": (optax.piecewise_constant_schedule(0.1, {1000: 0.1}), 0.1, 20),
+    "a cosine and a constant": (optax.cosine_decay_schedule(0.1, 1000), 0.1, 3),
+    "a longer cosine": (
+        optax.cosine_decay_schedule(0.1, 1000),
+        adamjax.cosine_decay(0.1, 1500),
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RATES_WITHOUT_RULE)
+def test_a_later_rate_of_a_leaf_without_a_rule_is_compared(name):
+    schedule, rate, steps = RATES_WITHOUT_RULE[name]
+    theirs = optax.multi_transform(
+        {"a": optax.adam(0.1), "b": optax.sgd(schedule)}, {"a": "a", "b": "b"}
+    )
+    ours = adamjax.partition(
+        [("b", adamjax.scale_by_learning_rate(rate))], default=adam_like_optax()
+    )
+    with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.from_optax(after_small_gradients(theirs, steps), ours, TWO_LEAVES, theirs)
+    with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.to_optax(after_small_gradients(ours, steps), ours, TWO_LEAVES, theirs)
+
+
+def test_a_leaf_without_a_rule_near_the_end_of_a_schedule_is_no_false_alarm():
+    theirs = optax.multi_transform(
+        {"a": optax.adam(0.1), "b": optax.sgd(optax.linear_schedule(0.1, 0.0, 100))},
+        {"a": "a", "b": "b"},
+    )
+    rate = adamjax.polynomial_decay(0.1, 100, 0.0)
+    ours = adamjax.partition(
+        [("b", adamjax.scale_by_learning_rate(rate))], default=adam_like_optax()
+    )
+    convert.from_optax(after_small_gradients(theirs, 97), ours, TWO_LEAVES, theirs)
 
 
 # --- weights and gradients ------------------------------------------------------------------------
@@ -1629,6 +1699,20 @@ def test_hyperparameters_that_optax_rounds_are_compared_less_closely():
             convert.from_optax(state_after(theirs, 3, one), adam_like_optax(0.2), one, theirs)
 
 
+@pytest.mark.parametrize("max_norm", [10.0, 50.0])
+def test_a_clip_of_float16_gradients_with_rounded_hyperparameters_is_compared(max_norm):
+    params = {"a": jnp.ones((4, 3), jnp.float16), "b": jnp.ones(3, jnp.float16)}
+    clip, rule = optax.clip_by_global_norm(max_norm), optax.inject_hyperparams(optax.adam)
+    theirs = optax.chain(clip, rule(learning_rate=1e-3, eps=1e-4))
+    rule = adamjax.adam(1e-3, np.float16(0.9), np.float16(0.999), eps=1e-4)
+    clipped = adamjax.chain(adamjax.clip_by_global_norm(max_norm), rule)
+    ours, right = (adamjax.with_hyperparams(tx, learning_rate=1e-3) for tx in (rule, clipped))
+    old = state_after(theirs, 5, params)
+    convert.from_optax(old, right, params, theirs)
+    with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.from_optax(old, ours, params, theirs)
+
+
 def test_a_mask_that_depends_on_the_dtypes_of_leaves_is_compared():
     params = {**TWO_LEAVES, "narrow": jnp.ones(2, jnp.bfloat16)}
     is_wide = functools.partial(jax.tree.map, lambda p: p.dtype == jnp.float32)
@@ -1683,6 +1767,20 @@ def test_one_row_of_a_large_leaf_that_only_one_optimizer_moves_is_refused(steps)
         theirs = multi_steps(theirs, steps)
         ours = adamjax.accumulate_gradients(ours, steps)
     assert sampled_rows(theirs, ours, LARGE)
+    with pytest.raises(ValueError, match=r"in a step of the whole leaf 'table', tx moves"):
+        convert.from_optax(theirs.init(LARGE), ours, LARGE, theirs)
+
+
+def test_one_row_of_a_large_leaf_without_a_rule_that_only_optax_moves_is_refused():
+    freeze_row = optax.stateless(lambda u, p=None: {**u, "table": u["table"].at[7_777].set(0)})
+    labels = {"table": "sgd", "rows": "adam", "b": "adam"}
+    theirs = optax.multi_transform({"adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}, labels)
+    ours = adamjax.chain(
+        adamjax.partition(
+            [("table", adamjax.scale_by_learning_rate(0.1))], default=adam_like_optax()
+        ),
+        freeze_row,
+    )
     with pytest.raises(ValueError, match=r"in a step of the whole leaf 'table', tx moves"):
         convert.from_optax(theirs.init(LARGE), ours, LARGE, theirs)
 

@@ -392,6 +392,26 @@ ADAMS_OF_TORCH = {
 }
 
 
+@pytest.mark.parametrize("gradients", ["none", "zeros"])
+def test_adamax_of_torch_without_a_gradient_so_far(gradients, torch):
+    """For gradients of 0.01, an epsilon of 1e-8 makes a difference of 1e-6."""
+    params = {"w": jnp.ones(3)}
+    for eps in (1e-8, 1e-3):
+        w = torch.nn.Parameter(torch.ones(3))
+        optimizer, tx = torch.optim.Adamax([w], 0.1, eps=eps), adamjax.adamax(0.1, eps=eps)
+        if gradients == "zeros":
+            w.grad = torch.zeros(3)
+            optimizer.step()
+        old = optimizer.state_dict()
+        if eps == 1e-8:
+            convert.from_torch(old, tx, params, order=["w"])
+            continue
+        with pytest.raises(ValueError, match=r"for gradients of 0.01.*may differ by 10% between"):
+            convert.from_torch(old, tx, params, order=["w"])
+        with pytest.raises(ValueError, match=r"for gradients of 0.01.*may differ by 10% between"):
+            convert.to_torch(tx.init(params), tx, params, old, order=["w"])
+
+
 OTHER_TORCH = [
     *("SGD", "RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD", "RAdam", "Adafactor", "LBFGS"),
     *("NAdam", "Muon"),
@@ -1111,6 +1131,33 @@ def test_a_clip_of_updates_is_refused_because_torch_has_none():
     convert.from_torch(old, adamjax.chain(clip, rule, rate), TWO_LEAVES["a"])
     with pytest.raises(ValueError, match=r"no clip of updates, tx has clip_by_global_norm"):
         convert.from_torch(old, adamjax.chain(rule, clip, rate), TWO_LEAVES["a"])
+
+
+def test_an_accumulation_beside_the_rule_is_refused_by_torch():
+    rule, rate = adamjax.scale_by_adam(eps=1e-8), adamjax.scale_by_learning_rate(0.1)
+    params, old = jnp.zeros(3), torch_with_moments([np.ones(3, "f")])
+    for tx in (
+        adamjax.chain(
+            adamjax.accumulate_gradients(adamjax.clip_by_value(1.0), 2), adam_like_optax()
+        ),
+        adamjax.chain(rule, adamjax.accumulate_gradients(rate, 2)),
+        adamjax.chain(adamjax.accumulate_gradients(rule, 2), adamjax.accumulate_gradients(rate, 2)),
+    ):
+        for call in (
+            lambda tx=tx: convert.from_torch(old, tx, params),
+            lambda tx=tx: convert.to_torch(tx.init(params), tx, params, old),
+        ):
+            with pytest.raises(ValueError, match=r"torch has its rule inside any accumulation"):
+                call()
+
+
+def test_leaves_of_torch_whose_steps_take_different_numbers_of_calls_are_refused():
+    params, old = {"a": jnp.zeros(3), "b": jnp.zeros(3)}, torch_with_moments([np.ones(3, "f")] * 2)
+    two = adamjax.accumulate_gradients(adam_like_optax(), 2)
+    for default in (adam_like_optax(), adamjax.accumulate_gradients(adam_like_optax(), 4)):
+        tx = adamjax.partition([("a", two)], default=default)
+        with pytest.raises(ValueError, match=r"steps of . calls for this leaf, and of 2 for 'a'"):
+            convert.from_torch(old, tx, params, order=["a", "b"])
 
 
 @pytest.mark.parametrize("what", ["decay", "schedule"])

@@ -1,7 +1,7 @@
 """Compares docs/coming-from.md with other packages: its numbers, and the expressions in its tables.
 
-Tables of optax and torch have an expression of the package in the left column, and what does the
-same in adamjax in the right column.
+In the tables of optax and torch, the left column has an expression of that package. The right
+column has the adamjax expression that does the same.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ def test_the_committed_result_is_what_the_package_computes(key, system):
     if importlib.util.find_spec(system) is None:
         pytest.skip(f"{system} is not installed")
     measured, committed = differences.measured(key, system), COMMITTED[key][system]
-    if isinstance(committed, str):  # why there is no number
+    if isinstance(committed, str):  # the reason why it has no number
         assert measured == committed
     else:
         assert math.isclose(measured, committed, rel_tol=2e-3, abs_tol=1e-6)
@@ -126,13 +126,13 @@ SCHEDULER_PAIRS = [pair for pair in TORCH_PAIRS if "LR(" in pair[0]]
 @pytest.mark.parametrize(
     ("theirs", "ours"), [pair for pair in TORCH_PAIRS if pair not in SCHEDULER_PAIRS]
 )
-def test_adamjaxs_column_of_the_torch_table_takes_steps(theirs, ours):
+def test_optimizers_in_the_torch_table_take_steps(theirs, ours):
     tx = eval(ours, vars(adamjax) | OUR_NAMES)
     assert trained(tx).keys() == PARAMS.keys()
 
 
 @pytest.mark.parametrize(("theirs", "ours"), SCHEDULER_PAIRS)
-def test_schedules_have_the_rates_of_the_torch_schedulers_beside_them(theirs, ours):
+def test_schedules_in_the_torch_table_have_the_rates_of_the_schedulers_beside_them(theirs, ours):
     torch = pytest.importorskip("torch")
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=1e-3)
     names = {"optimizer": optimizer, "f": lambda count: 1 / (1 + count)}

@@ -25,8 +25,8 @@ RELATIVE_ERROR = 1 / 16
 EXPONENT_RANGE = {np.int8: 14, np.uint8: 30}
 
 
-def stored(x, code_dtype=np.int8, random=1 << 15):
-    """An array in 8 bits. The default of `random` rounds each number to the nearest code."""
+def encoded(x, code_dtype=np.int8, random=1 << 15):
+    """The array as a `Scaled8`. The default of `random` rounds each number to the nearest code."""
     x = jnp.asarray(x, jnp.float32)
     (exponents,) = block_exponents([x], [Scaled8(jnp.zeros(x.shape, code_dtype), None)])
     return encode(x, code_dtype, exponents, jnp.broadcast_to(jnp.uint32(random), x.shape))
@@ -37,7 +37,7 @@ def stored(x, code_dtype=np.int8, random=1 << 15):
 
 @pytest.mark.parametrize("code_dtype", [np.int8, np.uint8])
 def test_encoding_a_decoded_code_gives_the_same_code(code_dtype):
-    """With every exponent, and whatever the random bits."""
+    """With every exponent, and with any random bits."""
     every_code = np.arange(-127, 128) if code_dtype == np.int8 else np.arange(256)
     exponents = jnp.arange(256, dtype=jnp.uint8)[:, None]
     blocks = Scaled8(
@@ -50,13 +50,13 @@ def test_encoding_a_decoded_code_gives_the_same_code(code_dtype):
     assert np.all(np.isfinite(finite))
     assert np.all(np.diff(wide(finite), axis=1) > 0)
     for random in (0, 1, 1 << 15, (1 << 16) - 1):
-        again = stored(finite, code_dtype, random)
+        again = encoded(finite, code_dtype, random)
         assert_same(again, Scaled8(blocks.codes[:num_finite], blocks.exponents[:num_finite]))
 
 
 @pytest.mark.parametrize("code_dtype", [np.int8, np.uint8])
 @pytest.mark.parametrize("shape", [(), (1,), (1024,), (3000,), (7, 5), (3, 2, 300), (0,), (3, 0)])
-def test_the_error_of_rounding_to_the_nearest(shape, code_dtype):
+def test_the_error_of_rounding_to_the_nearest_is_bounded(shape, code_dtype):
     """The error is at most 1/16 of the number, or half of the spacing of the smallest codes.
 
     In uint8 it may be the whole spacing, because a number that is not 0 never becomes 0.
@@ -68,7 +68,7 @@ def test_the_error_of_rounding_to_the_nearest(shape, code_dtype):
 
     @jax.jit
     def encode_and_decode(x):
-        in_8_bits = stored(x, code_dtype)
+        in_8_bits = encoded(x, code_dtype)
         return in_8_bits, decode(in_8_bits)
 
     in_8_bits, y = encode_and_decode(x)
@@ -81,7 +81,7 @@ def test_the_error_of_rounding_to_the_nearest(shape, code_dtype):
     assert np.all(y[x == 0] == 0)
     if code_dtype == np.uint8:
         assert np.all(y[x != 0] != 0)
-    # An upper limit: the maximum of a block may be smaller than that of the whole array.
+    # The spacing is computed from the maximum of the array. That of a block may be smaller.
     spacing = 2.0 ** -(EXPONENT_RANGE[code_dtype] + 3) * abs(x).max(initial=0)
     largest_error = (0.5 if code_dtype == np.int8 else 1) * spacing
     assert np.all(abs(y - x) <= np.maximum(RELATIVE_ERROR * abs(x), largest_error))
@@ -101,31 +101,31 @@ def test_the_mean_of_stochastic_rounding_is_the_value(code_dtype, value):
     x = np.full((n, 2), value, np.float32)
     x[:, 1] = 1
     random = np.random.default_rng(0).integers(0, 1 << 16, (n, 2))
-    y = wide(decode(stored(x, code_dtype, jnp.asarray(random, jnp.uint32))))[:, 0]
+    y = wide(decode(encoded(x, code_dtype, jnp.asarray(random, jnp.uint32))))[:, 0]
     assert len(np.unique(y)) <= 2
     assert abs(y.mean() - np.float64(np.float32(value))) <= 4 * y.std() / np.sqrt(n)
 
 
 def test_a_positive_number_in_uint8_is_never_rounded_to_zero():
     x = jnp.array([[1e4, 1e-30, 0.0], [1.2e-38, 2e-38, 1e-9]])
-    y = decode(stored(x, np.uint8, 0))
+    y = decode(encoded(x, np.uint8, 0))
     assert np.all((np.asarray(y) > 0) == (np.asarray(x) > 0))
 
 
 def test_a_number_that_is_not_finite_makes_only_its_block_nan():
     # 3.4e38 is finite, but would overflow if it were rounded up to a code.
     for bad in (jnp.inf, -jnp.inf, jnp.nan, 3.4e38):
-        y = decode(stored(jnp.array([[1.0, bad], [1.0, 0.0]])))
+        y = decode(encoded(jnp.array([[1.0, bad], [1.0, 0.0]])))
         assert_same(np.isnan(y), np.array([[True, True], [False, False]]))
-    assert np.all(np.isfinite(decode(stored(jnp.array([3.1e38, 1.0])))))
+    assert np.all(np.isfinite(decode(encoded(jnp.array([3.1e38, 1.0])))))
 
 
 def test_a_negative_number_makes_a_uint8_block_nan():
-    y = decode(stored(jnp.array([1.0, -1.0]), np.uint8))
+    y = decode(encoded(jnp.array([1.0, -1.0]), np.uint8))
     assert np.all(np.isnan(y))
 
 
-def test_m_and_v_take_two_bytes_a_parameter_and_two_a_block():
+def test_m_and_v_need_two_bytes_a_parameter_and_two_a_block():
     def size(*shape):
         state = jax.eval_shape(adamjax.scale_by_adam(**S8).init, jnp.zeros(shape))
         parts = jax.tree.leaves((state.m, state.v))
@@ -140,7 +140,7 @@ def test_m_and_v_take_two_bytes_a_parameter_and_two_a_block():
 
 
 def run(tx, g):
-    """The updates and the slots after each step, by the gradients g of all steps."""
+    """The updates and the slots after each step. The first axis of `g` is the steps."""
 
     def step(state, g):
         u, state = tx.update(g, state)
@@ -194,13 +194,13 @@ def test_moments_are_those_of_float64_within_derived_errors(kind, scale):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_updates_are_near_those_of_float32(rule):
-    """Updates are as large within 2%. The RMS of their errors is below 14% of that of updates."""
+    """Their size is right within 2%, and the RMS of their errors is below 14% of their RMS."""
     g = moments.gradients("heavy-tailed", 200, 4096)
-    u, full_u = (wide(run(RULES[rule](**dtypes), g)[0]) for dtypes in (S8, FLOAT32))
-    size = np.sqrt(np.mean(full_u**2))
-    slope = np.mean(u * full_u) / np.mean(full_u**2)
+    u, float32_u = (wide(run(RULES[rule](**dtypes), g)[0]) for dtypes in (S8, FLOAT32))
+    size = np.sqrt(np.mean(float32_u**2))
+    slope = np.mean(u * float32_u) / np.mean(float32_u**2)
     assert abs(slope - 1) < 0.02
-    assert np.sqrt(np.mean((u - full_u) ** 2)) < 0.14 * size
+    assert np.sqrt(np.mean((u - float32_u) ** 2)) < 0.14 * size
 
 
 @pytest.mark.parametrize("rule", ["adam", "amsgrad"])
@@ -209,22 +209,24 @@ def test_the_noise_of_long_runs_is_as_documented(rule):
 
     The noise is described in the documentation of `adamjax.scale_by_adam`.
     """
-    ours, full = (RULES[rule](**dtypes) for dtypes in (S8, FLOAT32))
+    ours, float32_tx = (RULES[rule](**dtypes) for dtypes in (S8, FLOAT32))
     scale = jnp.exp(jax.random.normal(jax.random.key(1), (4096,)))
 
     def step(states, t):
         g = scale * jax.random.normal(jax.random.fold_in(jax.random.key(0), t), scale.shape)
         u, state = ours.update(g, states[0])
-        full_u, full_state = full.update(g, states[1])
-        sums = jnp.stack([jnp.sum((u - full_u) ** 2), jnp.sum(u * full_u), jnp.sum(full_u**2)])
-        return (state, full_state), sums
+        float32_u, float32_state = float32_tx.update(g, states[1])
+        sums = jnp.stack(
+            [jnp.sum((u - float32_u) ** 2), jnp.sum(u * float32_u), jnp.sum(float32_u**2)]
+        )
+        return (state, float32_state), sums
 
-    start = ours.init(scale), full.init(scale)
+    start = ours.init(scale), float32_tx.init(scale)
     states, sums = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(5000)))()
     error, product, square = np.asarray(sums)[-100:].sum(axis=0)
-    v, full_v = (wide(adamjax.get_slot(state, "v")) for state in states)
-    assert abs(np.mean(v / full_v) - 1) < 0.02
-    assert np.std(v / full_v) < 0.25
+    v, float32_v = (wide(adamjax.get_slot(state, "v")) for state in states)
+    assert abs(np.mean(v / float32_v) - 1) < 0.02
+    assert np.std(v / float32_v) < 0.25
     assert np.sqrt(error / square) < 0.16
     # v_max is the largest of the rounded v, so AMSGrad's updates are smaller than in float32.
     least, most = (0.88, 1.0) if rule == "amsgrad" else (1.0, 1.02)
@@ -241,9 +243,9 @@ def test_a_small_gradient_beside_a_large_one_makes_no_large_update():
     rng = np.random.default_rng(0)
     g = np.geomspace(1e-9, 1e4, 1024) * rng.choice([-1, 1], (400, 1024))
     u, _ = run(adamjax.scale_by_adam(**S8), g.astype(np.float32))
-    full, _ = run(adamjax.scale_by_adam(), g.astype(np.float32))
+    float32_u, _ = run(adamjax.scale_by_adam(), g.astype(np.float32))
     assert np.all(np.isfinite(u))
-    assert np.abs(u).max() < 3 * np.abs(full).max()
+    assert np.abs(u).max() < 3 * np.abs(float32_u).max()
 
 
 def test_without_gradients_m_stays_zero_or_decays_to_it():
@@ -261,10 +263,10 @@ def test_without_gradients_m_stays_zero_or_decays_to_it():
 # --- other code that reads and writes slots -------------------------------------------------------
 
 
-# A step works on 9,000 rows in blocks of rows. This case has only the rule with the most slots.
+# A step processes 9,000 rows in blocks. Only the rule with the most slots is tested with so many.
 @pytest.mark.parametrize(("rule", "n"), [*((rule, 40) for rule in RULES), ("amsgrad", 9000)])
 def test_rows_are_rounded_with_the_random_bits_of_the_dense_step(rule, n):
-    """A step with row gradients uses them under `rows="dense"` and under `rows="lazy"`."""
+    """Compares row gradients under `rows="dense"` and `rows="lazy"` with dense gradients."""
     shape, rng = (3 * n, 2), np.random.default_rng(0)
     ids = rng.permutation(shape[0])[:n]
     rows = adamjax.row_gradient(ids, rng.normal(size=(n, 2)).astype(np.float32), shape[0])
@@ -286,7 +288,7 @@ def test_rows_are_rounded_with_the_random_bits_of_the_dense_step(rule, n):
 
 
 def trained(tx, steps, params, state, update=None):
-    """The parameters and the state after the steps of these numbers."""
+    """The parameters and the state after the steps with these numbers."""
     update = update or jax.jit(tx.update)
     for t in steps:
         grads = jax.tree.map(
@@ -331,7 +333,7 @@ def test_wrappers_do_not_change_the_results():
         assert_same(adamjax.get_slot(state, "v"), adamjax.get_slot(alone[1], "v"))
 
 
-def test_complex_parameters_keep_a_complex_m():
+def test_complex_parameters_have_a_complex_m_and_a_v_in_8_bits():
     p = {"z": jnp.ones((3, 4), jnp.complex64)}
     state = adamjax.scale_by_adam(**S8).init(p)
     assert state.m["z"].dtype == jnp.complex64
@@ -359,10 +361,10 @@ def test_a_donated_step_has_no_temporaries(rule, shape, request):
     assert memory.temp_size_in_bytes < 0.01 * p.nbytes
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
-def test_what_8_bits_cannot_do_is_refused():
+def test_unsupported_uses_of_8_bit_moments_are_refused():
     tx, p = adamjax.adam(0.1, **S8), {"a": jnp.ones((3, 4)), "b": jnp.ones(4)}
     state = tx.init(p)
     rows = {**p, "b": adamjax.row_gradient(jnp.array([1]), jnp.ones(1), 4)}
@@ -385,12 +387,12 @@ def test_what_8_bits_cannot_do_is_refused():
 
 def test_states_of_other_formats_or_shapes_are_refused():
     tx, p = adamjax.scale_by_adam(**S8), jnp.ones((3, 4))
-    full = adamjax.scale_by_adam()
+    float32_tx = adamjax.scale_by_adam()
     state = tx.init(p)
     with pytest.raises(ValueError, match="keeps m in floats, expected scaled8"):
-        tx.update(p, full.init(p))
+        tx.update(p, float32_tx.init(p))
     with pytest.raises(ValueError, match="keeps m in scaled8, expected floats"):
-        full.update(p, state)
+        float32_tx.update(p, state)
     with pytest.raises(ValueError, match="which must not be cast"):
         tx.update(p, jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim else x, state))
     with pytest.raises(ValueError, match=r"exponents of shape \[3\] with codes of shape \[3, 4\]"):

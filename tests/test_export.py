@@ -41,7 +41,7 @@ PLATFORMS = ("tpu", "cuda", "rocm", "cpu")
 
 
 def exported_and_imported(step, *arguments):
-    """A jitted step as it is after export and import, to be called as the step is."""
+    """A function that calls a jitted step after its export and import."""
     artifact = export.export(step, platforms=PLATFORMS)(*arguments)
     assert artifact.platforms == PLATFORMS
     if importlib.util.find_spec("flatbuffers") is not None:
@@ -52,13 +52,13 @@ def exported_and_imported(step, *arguments):
 
 
 def compiled(step, *arguments):
-    """A step, compiled without optimization: these tests spend most of their time in XLA."""
+    """The step compiled without optimization, because XLA takes most of the time of these tests."""
     options = {"xla_backend_optimization_level": 0}
     return jax.jit(step).lower(*arguments).compile(compiler_options=options)
 
 
-def results(step, params, state, batches):
-    """What some steps give, each going on from the one before."""
+def consecutive_results(step, params, state, batches):
+    """The results of steps on the batches, each from the parameters and state of the one before."""
     step, found = compiled(step, params, state, *batches[0]), []
     for batch in batches:
         params, state, *rest = step(params, state, *batch)
@@ -68,13 +68,13 @@ def results(step, params, state, batches):
 
 @pytest.fixture(scope="module", autouse=True)
 def _optax_states():
-    """optax leaves it to others to say how its states are written."""
+    """Registers states of optax for serialization, because optax does not."""
     for state in (optax.EmptyState, optax.TraceState):
         export.register_namedtuple_serialization(state, serialized_name=f"optax.{state.__name__}")
 
 
 def step_of(tx):
-    """A step whose arguments and results have no buckets, because JAX cannot write these."""
+    """A step whose arguments and results have no buckets, because JAX cannot serialize them."""
 
     def step(params, state, grads):
         if isinstance(tx, grouped):
@@ -101,7 +101,7 @@ def test_every_transform_is_exported(case):
 
 
 def test_every_transform_steps_as_before_the_export():
-    """All of them in one step: compiling them one by one takes ten times as long."""
+    """One step does all of them, because compiling them one by one takes ten times as long."""
 
     def step(params, state, grads):
         new_params, new_state = {}, {}
@@ -116,8 +116,8 @@ def test_every_transform_steps_as_before_the_export():
     state = {case.name: initial_state(case, make_params()) for case in CASES}
     grads = [(make_grads(t),) for t in range(3)]
     imported = exported_and_imported(jax.jit(step), params, state, *grads[0])
-    found = results(imported, params, state, grads)
-    expected = results(step, params, state, grads)
+    found = consecutive_results(imported, params, state, grads)
+    expected = consecutive_results(step, params, state, grads)
     for found_trees, expected_trees in zip(found, expected, strict=True):
         for a, b in zip(found_trees, expected_trees, strict=True):
             for case in CASES:
@@ -125,6 +125,8 @@ def test_every_transform_steps_as_before_the_export():
 
 
 # --- rows -----------------------------------------------------------------------------------------
+
+# The functions `with_...` return a transform and a train step with it.
 
 ROWS, WIDTH = 100, 3
 
@@ -137,7 +139,7 @@ def pipeline(rule=adamw):
     return chain(clip_by_global_norm(0.5), rule(cosine_decay(0.1, 10)), weight_ema(0.9))
 
 
-def dense_gradient(tx):
+def with_dense_gradients(tx):
     def step(params, state, ids, y):
         value, grads = jax.value_and_grad(loss)(params, ids, y)
         updates, state = tx.update(grads, state, params)
@@ -146,14 +148,14 @@ def dense_gradient(tx):
     return tx, step
 
 
-def reads_found(tx):
-    """The rows that an ordinary loss reads; under exact_rows up to date."""
+def with_train_step(tx):
+    """The step is a `train_step`, which finds the rows that the loss reads."""
     # `exact_rows`, which names its tables itself, may be inside of another transform.
     return tx, adamjax.train_step(loss, tx, tables=None if "exact_rows" in repr(tx) else "table")
 
 
-def rows_given(tx, ticket=True):
-    """A loss of rows, whose gradient is made a row gradient by hand."""
+def with_gathered_rows(tx, ticket=True):
+    """The step gathers the rows and makes the row gradient itself."""
 
     def step(params, state, ids, y):
         rows, extra = params["table"][ids], {}
@@ -174,12 +176,12 @@ def rows_given(tx, ticket=True):
     return tx, step
 
 
-def over_replicas(tx):
-    """Replicas of a mesh, which sum their gradients: of the table, only its rows."""
+def with_replicas(tx):
+    """Replicas of a mesh take the step and sum their gradients; that of the table has only rows."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
     spec = jax.sharding.PartitionSpec("batch")
     tx = chain(sum_over("batch"), tx)
-    step = reads_found(tx)[1]
+    step = with_train_step(tx)[1]
 
     def shard(params, state, ids, y):
         found = step(*jax.tree.map(lambda x: x[0], (params, state)), ids, y)
@@ -193,12 +195,12 @@ def over_replicas(tx):
     return tx, mapped
 
 
-def and_evaluated(tx):
-    """What evaluation needs besides: rows and slots up to date, the averages, the rate."""
-    _, take = rows_given(tx)
+def with_evaluation(tx):
+    """The step also returns up-to-date rows and slots, averages and scalars, as for evaluation."""
+    _, train_step = with_gathered_rows(tx)
 
     def step(params, state, ids, y):
-        params, state, value = take(params, state, ids, y)
+        params, state, value = train_step(params, state, ids, y)
         rows = tx.lookup(params, state, "table", ids[::2])
         flushed = tx.flush(params, state)
         found = (adamjax.get_slot(flushed[1], "v"), adamjax.averaged_weights(flushed[1]))
@@ -209,24 +211,33 @@ def and_evaluated(tx):
 
 
 ROW_MODES = {
-    "dense gradient": lambda: dense_gradient(pipeline()),
-    "dense gradient, exact_rows": lambda: dense_gradient(exact_rows(pipeline(), "table")),
-    "rows=dense": lambda: reads_found(pipeline()),
-    "rows=dense, amsgrad": lambda: rows_given(pipeline(amsgrad)),
-    "rows=dense, rows given": lambda: rows_given(pipeline()),
-    "rows=lazy": lambda: reads_found(adam(0.1, rows="lazy")),
-    "rows=lazy, adamax": lambda: rows_given(pipeline(adamax)),
-    "exact_rows": lambda: and_evaluated(exact_rows(pipeline(), "table")),
-    "exact_rows, no ticket": lambda: rows_given(exact_rows(adam(0.1), "table"), ticket=False),
-    "exact_rows, nadam": lambda: rows_given(exact_rows(nadam(0.1), "table")),
-    "exact_rows, reads found": lambda: reads_found(exact_rows(adam(0.1), "table")),
-    "skip_not_finite": lambda: reads_found(skip_not_finite(exact_rows(adam(0.1), "table"))),
-    "accumulate_gradients": lambda: rows_given(accumulate_gradients(pipeline(), 2, max_rows=8)),
-    "sum_over": lambda: over_replicas(pipeline()),
+    "dense gradient": lambda: with_dense_gradients(pipeline()),
+    "dense gradient, exact_rows": lambda: with_dense_gradients(exact_rows(pipeline(), "table")),
+    "rows=dense": lambda: with_train_step(pipeline()),
+    "rows=dense, amsgrad": lambda: with_gathered_rows(pipeline(amsgrad)),
+    "rows=dense, gathered rows": lambda: with_gathered_rows(pipeline()),
+    "rows=lazy": lambda: with_train_step(adam(0.1, rows="lazy")),
+    "rows=lazy, adamax": lambda: with_gathered_rows(pipeline(adamax)),
+    "exact_rows": lambda: with_evaluation(exact_rows(pipeline(), "table")),
+    "exact_rows, no ticket": lambda: with_gathered_rows(
+        exact_rows(adam(0.1), "table"), ticket=False
+    ),
+    "exact_rows, nadam": lambda: with_gathered_rows(exact_rows(nadam(0.1), "table")),
+    "exact_rows, train step": lambda: with_train_step(exact_rows(adam(0.1), "table")),
+    "skip_not_finite": lambda: with_train_step(skip_not_finite(exact_rows(adam(0.1), "table"))),
+    "accumulate_gradients": lambda: with_gathered_rows(
+        accumulate_gradients(pipeline(), 2, max_rows=8)
+    ),
+    "sum_over": lambda: with_replicas(pipeline()),
 }
 # The modes that are called after the import. Together they have all operations that depend on the
 # platform, and all loops and branches.
-CALLED = ("rows=dense, rows given", "rows=lazy, adamax", "exact_rows", "exact_rows, reads found")
+CALLED_MODES = (
+    "rows=dense, gathered rows",
+    "rows=lazy, adamax",
+    "exact_rows",
+    "exact_rows, train step",
+)
 
 
 def table_params():
@@ -236,7 +247,7 @@ def table_params():
 
 
 def batches():
-    """Some indices are equal, some rows come again after a step without them."""
+    """Some indices are equal, and some rows are read again after a step that does not read them."""
     ids = ([7, 0, 7, ROWS - 1], [5, 5, 5, 2], [0, 7, 2, 9])
     return [(jnp.array(x), jnp.arange(4.0) + t) for t, x in enumerate(ids)]
 
@@ -248,18 +259,18 @@ def test_every_row_mode_is_exported(mode):
     exported_and_imported(jax.jit(step), params, jax.eval_shape(tx.init, params), *batches()[0])
 
 
-@pytest.mark.parametrize("mode", CALLED)
+@pytest.mark.parametrize("mode", CALLED_MODES)
 def test_row_modes_step_as_before_the_export(mode):
     tx, step = ROW_MODES[mode]()
     params = table_params()
     state = tx.init(params)
     imported = exported_and_imported(jax.jit(step), params, state, *batches()[0])
-    found = results(imported, params, state, batches())
-    assert_close(found, results(step, params, state, batches()))
+    found = consecutive_results(imported, params, state, batches())
+    assert_close(found, consecutive_results(step, params, state, batches()))
 
 
 def test_an_imported_step_copies_no_table():
-    """It is donated its arguments, as the jitted step is."""
+    """Its parameters and state are donated, like those of the jitted step."""
     rows, width = 100_000, 64
     tx = exact_rows(adam(0.1), "table")
     params = {"table": jax.ShapeDtypeStruct((rows, width), jnp.float32)}
@@ -269,4 +280,4 @@ def test_an_imported_step_copies_no_table():
     donated = jax.jit(imported, donate_argnums=(0, 1)).lower(*arguments).compile()
     memory, table = donated.memory_analysis(), 4 * rows * width
     assert memory.temp_size_in_bytes < table / 10
-    assert memory.alias_size_in_bytes > 3 * table  # with its moments
+    assert memory.alias_size_in_bytes > 3 * table  # the table and its two moments

@@ -1,8 +1,8 @@
-"""Steps compiled for a GPU by XLA's own compiler, without there being one.
+"""Steps compiled for a GPU by XLA, on a machine without a GPU.
 
-What is asserted is what the compiler says about its program: how many kernels it launches, whether
-it waits for the host, and that nothing in it makes an array of a table's size but the scatters into
-the tables that were donated.
+The tests check the compiler's report on the program: how many kernels it launches, whether it waits
+for the host, and which instructions have results as large as a table (only scatters into the
+donated arrays should).
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ ROW_KINDS = (
     *("replayed", "flush", "dense gradient"),
 )
 (MANY_TABLES,) = programs.many_tables()[2]
-# Steps of which a table reads so many rows that they are worked on in blocks, or many tables.
+# Steps with so many rows of a table that a CPU or TPU would process them in blocks, or many tables.
 MANY_INDICES = programs.large_cases(NUM_ROWS, WIDTH) | programs.many_tables()[2]
 CASES = {
     **{kind: ("rows", kind, WIDTH, NUM_ROWS) for kind in ROW_KINDS},
@@ -38,7 +38,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What the compiler says about each case."""
+    """The compiler's report on each case."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("XLA's compiler for CUDA is not installed: make test-gpu")
     reports = compilers.reports(gpu.COMPILER, "H100", list(CASES.values()), processes=2)
@@ -47,12 +47,12 @@ def compiled():
     return found
 
 
-# The operations whose results may be as large as a table: they pass it on or write into it.
+# The operations that may have a result as large as a table: they pass it on or write into it.
 IN_PLACE = {"parameter", "tuple", "get-tuple-element", "while", "scatter", "fusion"}
 
 
 @pytest.mark.parametrize("kind", ["rows=lazy", "exact_rows", "followed exact", "decayed", "flush"])
-def test_a_step_on_a_table_makes_nothing_of_its_size(compiled, kind):
+def test_a_step_makes_no_array_as_large_as_its_table(compiled, kind):
     found = compiled[kind]
     assert set(found["makers"]) <= IN_PLACE, found["makers"]
     assert found["donated_bytes"] >= found["tables_bytes"]
@@ -87,27 +87,27 @@ def test_a_table_sized_temporary_would_be_seen(compiled):
     ["rows=lazy", "rows=dense", "exact_rows", "followed exact", "large", "decayed", *MANY_INDICES],
 )
 def test_a_train_step_never_waits_for_the_host(compiled, kind):
-    """Neither to find the rows that a loss reads, nor for the turns of a loop over blocks."""
+    """Neither to find the rows that the loss reads, nor for the turns of a loop over blocks."""
     assert compiled[kind]["round_trips"] == 0
 
 
-def test_waiting_would_be_seen(compiled):
+def test_waiting_for_the_host_would_be_seen(compiled):
     """Replay is a loop: it takes as many turns as the most steps that a row lags behind."""
     assert compiled["replayed"]["round_trips"] == 1
 
 
 @pytest.mark.parametrize("kind", ["rows=lazy", "exact_rows", "large"])
-def test_a_train_step_is_a_few_dozen_kernels(compiled, kind):
-    """Whatever the table's size."""
+def test_a_train_step_launches_a_few_dozen_kernels(compiled, kind):
+    """The number does not depend on the table's size."""
     assert compiled[kind]["kernels"] <= 36
 
 
-def test_flushing_goes_through_the_table_block_by_block(compiled):
+def test_flush_processes_the_table_in_blocks(compiled):
     assert compiled["flush"]["kernels"] > NUM_ROWS / 8192
 
 
-def test_tables_that_are_alike_are_worked_on_together(compiled):
-    """Each of the 26 has its own reads and four scatters. They share search and arithmetic."""
+def test_tables_that_are_alike_are_processed_together(compiled):
+    """Each of 26 tables has its own reads and four scatters. They share search and arithmetic."""
     assert compiled[MANY_TABLES]["kernels"] <= 200
 
 
@@ -120,7 +120,7 @@ def test_a_step_moves_the_bytes_of_its_rows_several_times(compiled):
         assert compiled[kind]["bytes"] <= most * row_bytes + scratch_bytes, compiled[kind]
 
 
-# Bytes of dense steps are those of each parameter.
+# The bytes of a dense step are per parameter.
 
 
 def test_dense_adam_moves_the_least_bytes_that_it_can(compiled):
@@ -129,8 +129,8 @@ def test_dense_adam_moves_the_least_bytes_that_it_can(compiled):
     assert compiled["one leaf"]["temporary_bytes"] < 0.01
 
 
-def test_narrow_moments_save_their_bytes(compiled):
-    """In bfloat16: two moments of 2 bytes less are read and written."""
+def test_narrow_moments_save_bytes(compiled):
+    """In bfloat16, two moments of 2 bytes less are read and written."""
     found = compiled["moments in bfloat16"]
     assert 20 <= found["bytes"] <= 1.01 * 20
     assert found["temporary_bytes"] < 0.01
@@ -142,18 +142,18 @@ def test_narrow_moments_save_their_bytes(compiled):
         assert found["temporary_bytes"] < 0.06
 
 
-def test_an_average_costs_no_more_than_reading_and_writing_it(compiled):
+def test_an_average_adds_only_the_bytes_of_reading_and_writing_it(compiled):
     most = compiled["optax, clip + adamw"]["bytes"] + 4 + 4
     assert compiled["average"]["bytes"] <= 1.001 * most
 
 
-def test_two_thousand_small_leaves_are_a_few_kernels(compiled):
-    """Joining and splitting included. Without `grouped`, each leaf is at least a kernel."""
+def test_grouped_needs_few_kernels_for_two_thousand_small_leaves(compiled):
+    """They include joining and splitting. Without `grouped`, each leaf is at least one kernel."""
     assert compiled["10 small"]["kernels"] >= 10
     assert compiled["small"]["kernels"] <= 2000 / 10
 
 
-# --- what is read of a program, without a compiler ------------------------------------------------
+# --- figures of the text of a program, without a compiler -----------------------------------------
 
 PROGRAM = """HloModule jit_step
 
@@ -184,6 +184,9 @@ backend_config={"known_trip_count":{"n":"7"}}
 """.replace("\\\n", "")
 
 
-def test_launches_and_round_trips():
-    """A fusion, seven turns of two, a copy, a called one; and a loop whose turns are not known."""
+def test_launches_and_waits_of_a_program_are_counted():
+    """Kernels: a fusion, seven turns of two fusions, a copy and a called copy.
+
+    The program waits once: for the loop with an unknown number of turns.
+    """
     assert hlo.launches(PROGRAM) == (1 + 7 * 2 + 1 + 1, 1)

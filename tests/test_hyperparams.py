@@ -1,4 +1,4 @@
-"""Hyperparameters in the state: what a step uses, set without tracing it anew."""
+"""Hyperparameters in the state: a step uses them, and setting them causes no new trace."""
 
 import decimal
 import fractions
@@ -46,7 +46,7 @@ def test_steps_are_those_of_the_transform_with_these_values():
     assert adamjax.step_count(state) == 5
 
 
-def test_setting_takes_effect_and_traces_nothing():
+def test_setting_a_value_takes_effect_without_a_new_trace():
     tx = with_hyperparams(adamjax.adam(0.1), learning_rate=0.1)
     step, traces = jit_and_traces(lambda params, state, t: tx.update(gradients(t), state, params))
     state = tx.init(PARAMS)
@@ -67,7 +67,7 @@ def test_donating_a_state_leaves_the_given_values_alive():
     assert given == tx.hyperparams["learning_rate"]
 
 
-def test_a_hundred_rates_in_one_program():
+def test_a_hundred_rates_are_trained_by_one_vmap():
     rates = jnp.linspace(0.01, 0.5, 100)
 
     def bias_after(rate):
@@ -75,16 +75,16 @@ def test_a_hundred_rates_in_one_program():
         params, _ = run(tx, PARAMS, tx.init(PARAMS), range(3))
         return params["bias"][0]
 
-    def alone(rate):
+    def bias_with_plain_adam(rate):
         tx = adamjax.adam(rate)
         return run(tx, PARAMS, tx.init(PARAMS), range(3))[0]["bias"][0]
 
     found = jax.jit(jax.vmap(bias_after))(rates)
-    np.testing.assert_allclose(found, jax.jit(jax.vmap(alone))(rates), rtol=1e-6)
+    np.testing.assert_allclose(found, jax.jit(jax.vmap(bias_with_plain_adam))(rates), rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_around_exact_rows():
+def test_a_rate_set_around_exact_rows_is_that_of_the_dense_optimizer():
     tx = with_hyperparams(adamjax.exact_rows(adamjax.adamw(0.1), "table"), learning_rate=0.02)
     dense = adamjax.adamw(jnp.float32(0.02))
     params = {"table": jnp.linspace(-1, 1, 20).reshape(10, 2)}
@@ -101,7 +101,7 @@ def test_around_exact_rows():
     np.testing.assert_allclose(exact["table"], wanted["table"], rtol=1e-5, atol=1e-7)
 
 
-def test_hyperparameters_are_set_wherever_they_are_in_a_state():
+def test_hyperparameters_are_set_at_any_depth_of_a_state():
     part = with_hyperparams(adamjax.adam(0.1), learning_rate=0.1)
     tx = adamjax.skip_not_finite(
         with_hyperparams(
@@ -135,7 +135,7 @@ def test_hyperparameters_are_set_wherever_they_are_in_a_state():
     ],
 )
 def test_updates_are_nan_if_a_value_is_set_outside_its_range(name, bad):
-    """Also as a NumPy scalar, which it may be after a checkpoint."""
+    """Also if the value is a NumPy scalar, as in a state from a checkpoint."""
     inner = adamjax.chain(adamjax.adamw(0.1), adamjax.weight_ema(0.5, 1))
     tx = with_hyperparams(inner, **{name: 0.5})
     state = set_hyperparams(tx.init(PARAMS), **{name: bad})
@@ -146,10 +146,10 @@ def test_updates_are_nan_if_a_value_is_set_outside_its_range(name, bad):
             assert all(np.isnan(x).all() for x in jax.tree.leaves(updates))
 
 
-# --- only counts are whole ------------------------------------------------------------------------
+# --- floats and counts ----------------------------------------------------------------------------
 
 # For each hyperparameter that is not a count: a transform that has it, and a whole number to set.
-WHOLE = {
+WHOLE_FLOATS = {
     "learning_rate": (adamjax.adam(0.1), 1),
     "weight_decay": (adamjax.adamw(0.1), 0),
     "b1": (adamjax.scale_by_adam(), 0),
@@ -163,9 +163,9 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", WHOLE_FLOATS)
 def test_a_whole_number_becomes_a_float_unless_it_is_a_count(name):
-    tx, whole = WHOLE[name]
+    tx, whole = WHOLE_FLOATS[name]
     for value in (whole, np.int64(whole), np.array(whole), jnp.array(whole), np.uint8(whole)):
         made = with_hyperparams(tx, **{name: value})
         state = made.init(PARAMS)
@@ -189,7 +189,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_counts_stay_whole(name):
+def test_counts_stay_integers(name):
     for value in (3, 3.0, np.int64(3), np.float32(3), jnp.array(3), np.array(3.0)):
         state = with_hyperparams(COUNTS[name], **{name: value}).init(PARAMS)
         assert state.hyperparams[name].dtype == jnp.int32
@@ -216,7 +216,7 @@ def test_real_numbers_of_any_type_are_set_as_float32():
     assert traced.hyperparams["learning_rate"].dtype == jnp.float32
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_only_finite_real_numbers_can_be_set():
@@ -248,7 +248,7 @@ def test_a_state_with_other_hyperparameters_than_the_transform_is_refused():
                 use(PARAMS, state, PARAMS)
         with pytest.raises(ValueError, match="the state keeps"):
             adamjax.learning_rate(tx, state)
-        # What the error advises.
+        # The error advises this.
         state = adamjax.states.HyperparamsState(tx.init(PARAMS).hyperparams, state.inner)
         tx.update(PARAMS, state, PARAMS)
 
@@ -275,7 +275,7 @@ def test_values_of_a_wrong_dtype_or_shape_in_a_state_are_refused():
     bad_state = counting_tx.init(PARAMS)._replace(hyperparams={"steps": jnp.array(2.0)})
     with pytest.raises(ValueError, match="expected a scalar of an integer dtype"):
         counting_tx.update(PARAMS, bad_state)
-    # A state of NumPy arrays, as a checkpoint may give it, is accepted.
+    # A state of NumPy arrays, as from a checkpoint, is accepted.
     tx.update(PARAMS, jax.device_get(state), PARAMS)
 
 
@@ -345,7 +345,7 @@ def test_values_of_a_wrong_dtype_or_shape_in_a_state_are_refused():
         ),
     ],
 )
-def test_refuses(make, error, message):
+def test_wrong_hyperparameters_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
@@ -356,7 +356,7 @@ def test_one_number_does_not_replace_the_rates_of_all_leaves():
     for name in ("learning_rate", "weight_decay"):
         with pytest.raises(ValueError, match=f"the {name} of .* is a by_path.*put scale"):
             with_hyperparams(tx, **{name: 0.3})
-    # The way out that is named.
+    # The error advises this.
     tx = with_hyperparams(
         adamjax.chain(adamjax.adam(rates, eps=1e-8), adamjax.scale(1.0)), factor=1.0
     )

@@ -41,7 +41,7 @@ def test_a_table_is_made_row_major():
     assert_same(adamjax.layout.row_major(x), table())
 
 
-def test_row_major_inside_jit_changes_nothing():
+def test_row_major_inside_of_jit_changes_no_value():
     assert_same(jax.jit(adamjax.layout.row_major)(table()), table())
 
 
@@ -70,7 +70,7 @@ def trees():
 
 
 def orders(state):
-    """The orders of arrays like the table."""
+    """The orders of the arrays with the table's shape."""
     return [order(x) for x in jax.tree.leaves(state) if x.shape == (NUM_ROWS, WIDTH)]
 
 
@@ -82,17 +82,17 @@ def orders(state):
     ],
 )
 def test_init_makes_slots_with_the_layouts_of_their_parameters(name, jit):
-    """Jitted, with the formats that `formats` gives it. Other libraries' transforms need these."""
+    """A jitted `init` gets the formats of `formats`. Transforms of other libraries need these."""
     tx, (dense, params) = OPTIMIZERS[name], trees()
     init = tx.init
     if jit:
         init = jax.jit(tx.init, out_shardings=adamjax.layout.formats(tx, params)[1])
     state = init(params)
     slot_orders = orders(state)
-    of_table = slot_orders.count(COLUMN_MAJOR)
-    assert of_table > 0
+    num_column_major = slot_orders.count(COLUMN_MAJOR)
+    assert num_column_major > 0
     # The kernel has as many slots as the table, but none if it is masked.
-    assert slot_orders.count(ROW_MAJOR) == (0 if name == "masked" else of_table)
+    assert slot_orders.count(ROW_MAJOR) == (0 if name == "masked" else num_column_major)
     assert_same(state, tx.init(dense))
 
 
@@ -111,7 +111,7 @@ def step_of(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_keeps_layouts_in_place(name):
+def test_a_step_preserves_layouts_and_updates_in_place(name):
     tx, (dense, params) = OPTIMIZERS[name], trees()
     formats = adamjax.layout.formats(tx, params)
     state = jax.jit(tx.init, out_shardings=formats[1])(params)
@@ -140,7 +140,7 @@ def test_arrays_that_are_not_committed_to_a_device_get_no_format():
         assert jax.tree.leaves(tree) == []
 
 
-def test_formats_with_a_bounded_accumulator():
+def test_formats_of_an_accumulator_with_max_rows():
     tx = adamjax.accumulate_gradients(adamjax.adam(0.1), 2, max_rows=8)
     _, params = trees()
     state = jax.jit(tx.init, out_shardings=adamjax.layout.formats(tx, params)[1])(params)
@@ -152,7 +152,7 @@ def test_formats_with_a_bounded_accumulator():
 
 
 @pytest.mark.parametrize("width", [1, 3, 16, 32, 60, 64, 100, 117, 128, 129, 200, 256, 300, 1000])
-def test_a_line_is_padded_by_a_tenth_at_most(width):
+def test_the_padding_of_a_line_is_at_most_a_tenth(width):
     packing = adamjax.layout.packing(width)
 
     def padded(per_line):
@@ -163,7 +163,7 @@ def test_a_line_is_padded_by_a_tenth_at_most(width):
 
 
 @pytest.mark.parametrize("width", [16, 64, 100, 128])
-def test_rows_of_packed_tables(width):
+def test_packed_tables_and_their_rows_are_unpacked_exactly(width):
     packing, rng = adamjax.layout.packing(width), np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(101, width)), jnp.float32)
     lines = packing.pack(x)
@@ -174,7 +174,7 @@ def test_rows_of_packed_tables(width):
     assert packing.line(jnp.array([-1])) < 0
 
 
-def test_lines_of_indices_of_any_width():
+def test_lines_of_integers_of_any_dtype():
     packing, x = adamjax.layout.packing(64), jnp.arange(10.0).repeat(64).reshape(10, 64)
     lines = packing.pack(x)
     ids = np.array([2**32 + 5, 5, 2**63 + 5], np.uint64)
@@ -193,13 +193,13 @@ def test_lines_of_indices_of_any_width():
                 call(bad)
 
 
-def test_lines_of_large_unsigned_indices_are_outside():
+def test_large_unsigned_indices_have_lines_outside_of_the_table():
     packing, ids = adamjax.layout.packing(64), jnp.array([5, 2**31, 2**32 - 1], jnp.uint32)
     for line in (packing.line(ids), jax.jit(packing.line)(ids)):
         np.testing.assert_array_equal(line, [2, 2**30, 2**31 - 1])
 
 
-def test_packing_refuses_widths_lines_and_tables_of_another_kind_or_shape():
+def test_packing_refuses_widths_lines_and_tables_of_a_wrong_type_or_shape():
     for bad in (0, 64.0, True, "64", None):
         with pytest.raises(
             ValueError, match=f"width must be a Python int of at least 1, got {bad!r}"

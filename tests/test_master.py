@@ -50,7 +50,7 @@ OPTIMIZERS = {
     "optax": lambda: optax.adam(1e-3),
     "narrow moments": lambda: adamjax.adam(1e-3, m_dtype="bfloat16", v_dtype="bfloat16"),
 }
-AROUND = {
+WRAPPERS = {
     "alone": lambda tx: tx,
     "skip": adamjax.skip_not_finite,
     "chain": lambda tx: adamjax.chain(adamjax.identity(), tx),
@@ -62,46 +62,46 @@ AROUND = {
 FLOATS = ("w", "h", "f")
 
 
-def taken(name, tree):
-    """The leaves of a tree that an optimizer takes: optax takes no integers and no None."""
+def accepted_leaves(name, tree):
+    """The leaves of a tree that an optimizer accepts: optax accepts no integers and no None."""
     return {key: x for key, x in tree.items() if name != "optax" or key in FLOATS}
 
 
 @functools.cache
 def rounded_weights(name):
-    """The weights of float32 parameters and gradients after each step, in the narrow dtypes."""
+    """Weights of steps on float32 parameters and gradients, each rounded to the narrow dtypes."""
     tx = OPTIMIZERS[name]()
-    params = wide(taken(name, PARAMS))
+    params = wide(accepted_leaves(name, PARAMS))
     state, update, found = tx.init(params), jax.jit(tx.update), []
     for i in range(4):
-        updates, state = update(wide(taken(name, gradients(i))), state, params)
+        updates, state = update(wide(accepted_leaves(name, gradients(i))), state, params)
         params = adamjax.apply_updates(params, updates)
         found.append({key: params[key].astype(PARAMS[key].dtype) for key in FLOATS})
     return found
 
 
-@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.slow
-def test_parameters_are_the_rounded_weights(name, around):
+def test_parameters_are_the_rounded_weights(name, wrapper):
     """The weights are those of the same optimizer on float32 parameters and gradients."""
-    if around == "partition" and "clip" in name:
+    if wrapper == "partition" and "clip" in name:
         pytest.skip("a global norm within each part differs from that of all leaves")
-    if name == "optax" and around == "partition":
-        pytest.skip("optax takes no None")
-    tx = AROUND[around](master_weights(OPTIMIZERS[name]()))
-    params = taken(name, PARAMS)
+    if name == "optax" and wrapper == "partition":
+        pytest.skip("optax accepts no None")
+    tx = WRAPPERS[wrapper](master_weights(OPTIMIZERS[name]()))
+    params = accepted_leaves(name, PARAMS)
     state, update = tx.init(params), jax.jit(tx.update)
     for i, rounded in enumerate(rounded_weights(name)):
-        updates, state = update(taken(name, gradients(i)), state, params)
-        # In one of the steps optax applies the updates. It takes floats alone.
-        apply = optax.apply_updates if i == 2 and around != "partition" else adamjax.apply_updates
+        updates, state = update(accepted_leaves(name, gradients(i)), state, params)
+        # In one of the steps, optax applies the updates. It accepts only floats.
+        apply = optax.apply_updates if i == 2 and wrapper != "partition" else adamjax.apply_updates
         floats = apply({key: params[key] for key in FLOATS}, {key: updates[key] for key in FLOATS})
         params = params | floats
-        for key, right in rounded.items():
-            assert params[key].dtype == right.dtype
-            share = np.mean(np.asarray(params[key] == right))
-            # Of a chain with a clip and an average, XLA may round some elements otherwise.
+        for key, expected in rounded.items():
+            assert params[key].dtype == expected.dtype
+            share = np.mean(np.asarray(params[key] == expected))
+            # In the chain with a clip and an average, XLA may round some elements differently.
             assert share == 1 if name != "clip, adam, average" else share > 0.8
 
 
@@ -133,7 +133,7 @@ def test_a_step_whose_float16_gradients_overflow_changes_nothing(skips_inside):
 
 
 def test_a_float16_parameter_that_was_infinite_is_copied_from_its_weight():
-    """No update leads back from infinity: the step after it makes NaN, unlike after a copy."""
+    """An infinite parameter becomes NaN in the next step, unless it is copied from its weight."""
     tx, p = master_weights(adamjax.scale(1.0)), jnp.zeros(1, jnp.float16)
     state = tx.init(p)
     for g, expected in ((6e4, 6e4), (1e4, np.inf), (-3e4, np.nan)):
@@ -186,10 +186,10 @@ def test_tables_move_as_float32_tables(rows):
     expected = {"t": start.astype(jnp.float32)}
     full_state = full.init(expected)
     for i in ids:
-        params, state, value = step(params, state, i, 0.25)
-        expected, full_state, right = full_step(expected, full_state, i, 0.25)
-        assert value.dtype == right.dtype
-        np.testing.assert_allclose(value, right, rtol=1e-2)
+        params, state, loss_value = step(params, state, i, 0.25)
+        expected, full_state, expected_loss = full_step(expected, full_state, i, 0.25)
+        assert loss_value.dtype == expected_loss.dtype
+        np.testing.assert_allclose(loss_value, expected_loss, rtol=1e-2)
         assert_same(params["t"], state.weights["t"].astype(jnp.bfloat16))
     if rows == "exact":
         params, state = tx.flush(params, state)
@@ -229,7 +229,7 @@ def test_flush_needs_exact_rows_directly_inside():
         tx.flush(params, tx.init(params))
 
 
-def test_a_state_is_an_ordinary_one():
+def test_a_state_is_pickled_and_read_like_any_other():
     tx = master_weights(adamjax.chain(adamjax.adam(1e-3), adamjax.weight_ema(0.9)))
     state = tx.init(PARAMS)
     assert_same(pickle.loads(pickle.dumps(state)), state)
@@ -241,7 +241,7 @@ def test_a_state_is_an_ordinary_one():
     assert adamjax.from_config(adamjax.to_config(tx)) == tx
 
 
-def test_what_does_not_fit_is_refused():
+def test_wrong_states_and_combinations_are_refused():
     tx = master_weights(adamjax.adam(1e-3))
     state = tx.init(PARAMS)
     other = {**PARAMS, "w": PARAMS["w"][:2]}
@@ -261,9 +261,9 @@ def test_what_does_not_fit_is_refused():
         adamjax.convert.to_optax(state, tx, PARAMS, optax.adam(0.1))
 
 
-@pytest.mark.parametrize("around", AROUND)
-def test_the_float32_weights_are_read_from_any_state(around):
-    tx = AROUND[around](master_weights(adamjax.adam(1e-3)))
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_float32_weights_are_read_from_any_state(wrapper):
+    tx = WRAPPERS[wrapper](master_weights(adamjax.adam(1e-3)))
     state = tx.init(PARAMS)
     _, state = tx.update(gradients(0), state, PARAMS)
     weights = adamjax.float32_weights(state, PARAMS)

@@ -1,4 +1,4 @@
-"""The memory of Adam: its state, and what a donated step needs besides parameters and state."""
+"""The memory of Adam: its state, and the temporaries of a donated step."""
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,6 @@ def test_the_state_of_adam_is_eight_bytes_a_parameter():
     leaves = jax.tree.leaves(jax.eval_shape(adamjax.adam().init, params))
     moments = [leaf for leaf in leaves if leaf.ndim]
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in moments) == 8 * 1000
-    # Besides them, two step counts: the rule's and the learning rate's.
+    # The only other leaves are two step counts: the rule's and the learning rate's.
     scalars = [leaf for leaf in leaves if leaf.ndim == 0]
     assert sum(leaf.dtype.itemsize for leaf in scalars) == 2 * 4

@@ -1,4 +1,4 @@
-"""The suite `narrow`: it finds biased moments, and says which losses count as the same."""
+"""The suite `narrow`: it finds biased moments, and decides which losses are the same."""
 
 import json
 
@@ -30,11 +30,11 @@ def test_float32_moments_have_no_bias(grads, expected):
     assert found["finite"]
 
 
-def test_a_bias_is_seen(expected):
+def test_a_bias_is_found(expected):
     m, v, update = expected
     found = moments.errors((m, 1.01 * v, 1.1 * update), (m, v, update))
     assert found["biased"] == {"m": 0, "v": 1}
-    # Errors of v are relative to v, but at least to a thousandth of a usual one.
+    # Errors of v are relative to v, or to a thousandth of v's root mean square if that is larger.
     assert 0.009 < found["bias"]["v"] < 0.0101
     assert_close(found["update"], 0.1, rtol=1e-6)
     assert not moments.errors((m, v, np.inf * update), (m, v, update))["finite"]
@@ -44,7 +44,7 @@ def test_a_loss_is_the_same_within_the_margin_or_within_the_seeds():
     full = [2.0, 2.002]
     losses = {"float32": full, "near": [2.008, 2.01], "far": [2.02, 2.022], "better": [1.9, 1.9]}
     found = narrow.compared(losses, before=3.0)["formats"]
-    assert {name: row.get("same") for name, row in found.items()} == {
+    assert {name: result.get("same") for name, result in found.items()} == {
         "float32": None,
         "near": True,
         "far": False,
@@ -55,7 +55,7 @@ def test_a_loss_is_the_same_within_the_margin_or_within_the_seeds():
 
 
 @pytest.mark.slow
-def test_the_suite_runs_with_quick(tmp_path):
+def test_the_suite_runs_with_the_option_quick(tmp_path):
     done = run_benchmarks("narrow", "--quick", "--out", "narrow.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "narrow.json").read_text())

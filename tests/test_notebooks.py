@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and prints what its committed output says."""
+"""Every notebook runs from top to bottom, and prints its committed output, apart from numbers."""
 
 import re
 

@@ -1,6 +1,6 @@
-"""What users install: the wheel, with only the packages that it requires, and the sdist.
+"""The wheel, with only the packages that it requires, and the sdist.
 
-Also compares what several files of the repository state: versions, extras and CI jobs.
+Also compares the versions, extras and CI jobs in several files of the repository.
 """
 
 import datetime
@@ -30,9 +30,9 @@ import importlib, importlib.util, pathlib, pkgutil, re, sys
 from importlib import metadata
 import adamjax, jax, jax.numpy as jnp
 
-there = pathlib.Path(adamjax.__file__)
-assert there.is_relative_to(sys.prefix), there
-assert there.with_name("py.typed").exists()
+location = pathlib.Path(adamjax.__file__)
+assert location.is_relative_to(sys.prefix), location
+assert location.with_name("py.typed").exists()
 for package in ("optax", "pytest", "flax", "keras", "torch", "flatbuffers"):
     assert importlib.util.find_spec(package) is None, package
 for module in pkgutil.walk_packages(adamjax.__path__, "adamjax."):
@@ -44,10 +44,10 @@ params = {"table": jnp.ones((4, 2)), "b": jnp.ones(())}
 step = adamjax.train_step(loss_fn, tx)
 params, state, loss = step(params, tx.init(params), jnp.array([2]))
 params = tx.flush(params, state)[0]
-needs = [x for x in metadata.requires("adamjax") if "extra ==" not in x]
+requirements = [x for x in metadata.requires("adamjax") if "extra ==" not in x]
 print(jax.__version__)
 print(metadata.version("adamjax"))
-print(*sorted(re.match(r"\w+", x)[0] for x in needs))
+print(*sorted(re.match(r"\w+", x)[0] for x in requirements))
 print(float(loss))
 print(params["table"][:, 0].round(4).tolist())
 print(round(float(params["b"]), 4))
@@ -61,23 +61,23 @@ def run(*command, **options):
     return done.stdout
 
 
-def new_environment(place):
+def new_environment(folder):
     """The path of the Python of a new virtual environment, and the command that runs its pip."""
-    venv.create(place, with_pip=True, symlinks=os.name != "nt")
-    python = str(place / ("Scripts" if os.name == "nt" else "bin") / "python")
+    venv.create(folder, with_pip=True, symlinks=os.name != "nt")
+    python = str(folder / ("Scripts" if os.name == "nt" else "bin") / "python")
     return python, [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The wheel and the sdist. The wheel is built from the sdist, as by `python -m build`."""
-    place = tmp_path_factory.mktemp("built")
-    python, pip = new_environment(place / "venv")
+    folder = tmp_path_factory.mktemp("built")
+    python, pip = new_environment(folder / "venv")
     run(*pip, "install", *PROJECT["build-system"]["requires"])
-    run(python, "-m", "hatchling", "build", "-t", "sdist", "-d", str(place), cwd=ROOT)
-    (sdist,) = place.glob("adamjax-*.tar.gz")
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(place), str(sdist))
-    (wheel,) = place.glob("adamjax-*.whl")
+    run(python, "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder), cwd=ROOT)
+    (sdist,) = folder.glob("adamjax-*.tar.gz")
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(sdist))
+    (wheel,) = folder.glob("adamjax-*.whl")
     return wheel, sdist
 
 
@@ -87,12 +87,14 @@ def installed(built, tmp_path_factory):
 
     These packages have the same versions as in the environment of the tests.
     """
-    place = tmp_path_factory.mktemp("bare")
-    versions = place / "versions.txt"
-    here = {x.metadata["Name"]: x.version for x in metadata.distributions()}
-    here.pop("adamjax", None)
-    versions.write_text("".join(f"{name}=={version}\n" for name, version in here.items()))
-    python, pip = new_environment(place / "venv")
+    folder = tmp_path_factory.mktemp("bare")
+    versions = folder / "versions.txt"
+    installed_versions = {x.metadata["Name"]: x.version for x in metadata.distributions()}
+    installed_versions.pop("adamjax", None)
+    versions.write_text(
+        "".join(f"{name}=={version}\n" for name, version in installed_versions.items())
+    )
+    python, pip = new_environment(folder / "venv")
     run(*pip, "install", "--no-compile", "-c", str(versions), str(built[0]))
     return python
 
@@ -148,11 +150,11 @@ def test_metadata_is_valid_and_its_links_point_to_files_of_the_repository(built)
 
 
 def test_extras_are_named_for_work_on_the_repository_and_used_by_the_makefile():
-    """A user might take an extra `gpu` for JAX's. The extra with a GPU compiler is `test-gpu`."""
+    """A user could mistake an extra `gpu` for JAX's, so the one with a compiler is `test-gpu`."""
     extras = PROJECT["project"]["optional-dependencies"]
-    for name, needs in extras.items():
+    for name, requirements in extras.items():
         assert name.split("-")[0] in ("test", "bench", "docs", "notebooks"), name
-        assert all(map(Requirement, needs))
+        assert all(map(Requirement, requirements))
     used = re.findall(r"-e '\.\[(.*?)\]'", (ROOT / "Makefile").read_text())
     assert {name for names in used for name in names.split(",")} == set(extras)
 
@@ -160,11 +162,11 @@ def test_extras_are_named_for_work_on_the_repository_and_used_by_the_makefile():
 def test_the_version_is_the_same_in_the_package_the_citation_and_the_changelog():
     citation = (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == adamjax.__version__
-    version, when = re.search(
+    version, release_date = re.search(
         r"^## (\S+) \((.*)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
     ).groups()
     assert version == adamjax.__version__
-    assert when == "unreleased" or datetime.date.fromisoformat(when)
+    assert release_date == "unreleased" or datetime.date.fromisoformat(release_date)
 
 
 def test_ruff_has_the_same_version_in_constraints_and_pre_commit():

@@ -1,4 +1,4 @@
-"""Patterns and trees of bools: what is taken, what is refused, and how both are kept."""
+"""Patterns and trees of bools: which are accepted, and how they are compared and stored."""
 
 import copy
 import enum
@@ -37,7 +37,7 @@ PARAMS = {
     "steps": jnp.arange(2),
 }
 
-# Makers of transforms that take a pattern, and the owner that an error about it names first.
+# Functions from a pattern to a transform, and the owner that an error about the pattern names.
 TRANSFORMS = {
     "masked": (lambda p: masked(adam(), p), "masked"),
     "adamw": (lambda p: adamw(1e-3, mask=p), "add_decayed_weights"),
@@ -66,7 +66,7 @@ TRANSFORMS = {
 }
 
 
-# --- patterns that match nothing ------------------------------------------------------------------
+# --- patterns that match nothing -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -100,25 +100,25 @@ def test_update_refuses_a_pattern_that_matches_no_leaf(name, jit):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_update_takes_patterns_of_leaves_without_a_gradient(name):
+def test_update_accepts_a_pattern_whose_leaf_has_no_gradient(name):
     make, _ = TRANSFORMS[name]
     tx = make("^enc/bias$")
     grads = {**PARAMS, "enc": {"bias": None, "kernel": PARAMS["enc"]["kernel"]}}
     updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
     assert updates["enc"]["bias"] is None
-    for nothing in ({}, {"a": None}):
-        tx.update(nothing, tx.init(nothing), nothing)
+    for leafless in ({}, {"a": None}):
+        tx.update(leafless, tx.init(leafless), leafless)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_patterns_that_match_and_optional_ones_are_taken(name):
+def test_init_accepts_matching_and_optional_patterns(name):
     make, _ = TRANSFORMS[name]
     for pattern in ("^enc/bias$", optional("kernal"), optional("enc")):
         assert jax.eval_shape(make(pattern).init, PARAMS)
     # A tree without leaves is not checked.
-    for nothing in (None, {}, {"a": None}):
-        make(optional("kernal")).init(nothing)
-        make("enc").init(nothing)
+    for leafless in (None, {}, {"a": None}):
+        make(optional("kernal")).init(leafless)
+        make("enc").init(leafless)
 
 
 def test_an_error_lists_at_most_20_paths():
@@ -163,14 +163,14 @@ def test_init_refuses_a_pattern_whose_leaves_all_match_earlier_ones(make):
         (("kernel", "kernel"), r"\['enc/kernel', 'head/kernel'\]"),
         (("", ""), ".*"),
     ):
-        what = rf": the pattern '{re.escape(patterns[-1])}' has no effect: "
-        wanted = rf"{what}{matches} match an earlier pattern"
+        has_no_effect = rf": the pattern '{re.escape(patterns[-1])}' has no effect: "
+        wanted = rf"{has_no_effect}{matches} match an earlier pattern"
         with pytest.raises(ValueError, match=wanted):
             make(*patterns).init(PARAMS)
         make(*patterns[:-1], optional(patterns[-1])).init(PARAMS)
     make("enc/kernel", "enc").init(PARAMS)
     make("enc", "kernel").init(PARAMS)
-    # A last pattern for all other leaves may find none.
+    # A catch-all pattern at the end may have no leaf left.
     make("enc", "head", "steps", "").init(PARAMS)
 
 
@@ -182,7 +182,7 @@ def read(params):
 
 
 @pytest.mark.slow
-def test_each_of_several_tables_must_match():
+def test_each_pattern_of_several_must_match_a_table():
     wanted = (
         r"value_and_grad: the pattern 'itme' matches no leaf.*\['item', 'user', 'w'\].*optional"
     )
@@ -201,20 +201,20 @@ def test_each_of_several_tables_must_match():
         assert float(jnp.sum(grads["item"].to_dense() if "item" in rows else grads["item"])) == 2
 
 
-def test_a_table_must_match_even_if_there_are_no_leaves():
+def test_a_pattern_of_tables_is_refused_if_there_are_no_leaves():
     with pytest.raises(ValueError, match=r"the pattern 'user' matches no leaf.*are \[\]"):
         adamjax.grad(read, "user")({})
 
 
-# --- what is no pattern, and no pair of a pattern and a value ------------------------------------
+# --- objects that are not patterns, lists of patterns or pairs with a pattern ---------------------
 
 
 class Names(str, enum.Enum):  # noqa: UP042
     KERNEL = "kernel"
 
 
-# These, and the functions that take patterns too.
-ALL_WITH_PATTERNS = TRANSFORMS | {
+# `TRANSFORMS`, and other functions of a pattern, with the owner that an error names.
+CALLS_WITH_A_PATTERN = TRANSFORMS | {
     "a list": (lambda p: checked_patterns("x", ["a", p]), "x"),
     "pairs": (lambda p: checked_rules("x", [("a", 1), (p, 2)]), "x"),
     "optional": (optional, "optional"),
@@ -223,9 +223,9 @@ ALL_WITH_PATTERNS = TRANSFORMS | {
 }
 
 
-@pytest.mark.parametrize("name", ALL_WITH_PATTERNS)
-def test_what_is_no_pattern_is_refused(name):
-    make, owner = ALL_WITH_PATTERNS[name]
+@pytest.mark.parametrize("name", CALLS_WITH_A_PATTERN)
+def test_an_object_that_is_not_a_pattern_is_refused(name):
+    make, owner = CALLS_WITH_A_PATTERN[name]
     owner = owner.split(": ")[-1]  # a `by_path` is checked before it is in a transform
     must = f"{owner}: a path pattern must be a str, got"
     for wrong, error, message in (
@@ -255,7 +255,7 @@ def test_patterns_are_plain_strings():
 @pytest.mark.parametrize(
     "patterns", [3, None, {"a": 1}, object()], ids=["int", "None", "dict", "object"]
 )
-def test_what_is_no_list_of_patterns_is_refused(patterns):
+def test_an_object_that_is_not_a_list_of_patterns_is_refused(patterns):
     for make in (lambda p: adamjax.value_and_grad(read, p), lambda p: exact_rows(adam(), p)):
         with pytest.raises(TypeError, match=": expected a path pattern or a list of them, got"):
             make(patterns)
@@ -276,7 +276,7 @@ def test_an_empty_list_of_patterns_is_refused():
         lambda rules: checked_rules("x", rules),
     ],
 )
-def test_what_is_neither_pairs_nor_a_dictionary_is_refused(make):
+def test_rules_that_are_neither_pairs_nor_a_dictionary_are_refused(make):
     wanted = r": expected pairs \(pattern, value\) or a dictionary \{pattern: value\}, got "
     for rules, got in (
         ("ab", "the string 'ab'$"),
@@ -301,7 +301,7 @@ def test_what_is_neither_pairs_nor_a_dictionary_is_refused(make):
             make(rules)
 
 
-def test_a_dictionary_is_its_pairs_in_order():
+def test_a_dictionary_means_its_pairs_in_order():
     pairs = [("ab", 1e-3), ("a", 2e-3), (optional("c"), 3e-3)]
     for rules in (
         dict(pairs),
@@ -320,17 +320,22 @@ def test_a_dictionary_is_its_pairs_in_order():
     assert tx.init(PARAMS).total["enc"]["kernel"].indices.shape == (2,)
 
 
-def test_two_leaves_of_one_path_are_refused():
+def test_two_leaves_with_the_same_path_are_refused():
     assert unique_paths("x", PARAMS)[0] == "enc/bias"
     with pytest.raises(ValueError, match="x: two leaves have the path 'a/b'"):
         unique_paths("x", {"a/b": 1, "a": {"b": 2}})
 
 
-# Misspelt: "baus" for "bias", "dce" for "enc".
-EXCLUDING = ["^(?!.*baus)", r"/(?!(baus|bais)$)[^/]*$", "(?<!dce/)kernel", "(?!.*enc)(?!.*baus)"]
+# Patterns that exclude misspelt names: "baus" for "bias", "dce" for "enc".
+MISSPELT_EXCLUSIONS = [
+    "^(?!.*baus)",
+    r"/(?!(baus|bais)$)[^/]*$",
+    "(?<!dce/)kernel",
+    "(?!.*enc)(?!.*baus)",
+]
 
 
-@pytest.mark.parametrize("pattern", EXCLUDING)
+@pytest.mark.parametrize("pattern", MISSPELT_EXCLUSIONS)
 def test_an_exclusion_that_excludes_nothing_is_refused(pattern):
     """If the name to exclude is misspelt, the pattern would match every leaf."""
     params = {"enc": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "w": {"kernel": jnp.ones(2)}}
@@ -348,7 +353,7 @@ def test_an_exclusion_that_excludes_nothing_is_refused(pattern):
         adamw(mask=right).init([jnp.ones(2), jnp.ones(2)])
 
 
-def test_what_an_exclusion_excludes_may_belong_to_another_part():
+def test_an_excluded_leaf_may_belong_to_another_part():
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"bias": jnp.ones(2)}}
     inner = adamw(mask="^(?!.*bias)")
     partition({"^a": inner}, default=adam()).init(params)
@@ -357,7 +362,7 @@ def test_what_an_exclusion_excludes_may_belong_to_another_part():
 # --- optional -------------------------------------------------------------------------------------
 
 
-def test_an_optional_pattern_is_a_string_of_its_own():
+def test_an_optional_pattern_is_a_string_that_differs_from_the_plain_one():
     pattern = optional("bias$")
     assert isinstance(pattern, str)
     assert (str(pattern), f"{pattern}", repr(pattern)) == ("bias$", "bias$", "optional('bias$')")
@@ -377,12 +382,12 @@ def test_an_optional_pattern_is_a_string_of_its_own():
     [make for make, _ in TRANSFORMS.values()] + [lambda p: exact_rows(adam(), ["kernel", p])],
     ids=[*TRANSFORMS, "exact_rows"],
 )
-def test_optional_is_kept_in_copies_pickles_and_configs(make):
-    tx, other = make(optional("bias$")), make("bias$")
-    assert tx != other
-    assert jax.tree.structure(tx) != jax.tree.structure(other)
+def test_copies_pickles_and_configs_preserve_optional(make):
+    tx, plain = make(optional("bias$")), make("bias$")
+    assert tx != plain
+    assert jax.tree.structure(tx) != jax.tree.structure(plain)
     assert "optional('bias$')" in repr(tx)
-    assert "optional" not in repr(other)
+    assert "optional" not in repr(plain)
     rebuilt = [
         pickle.loads(pickle.dumps(tx)),
         copy.deepcopy(tx),
@@ -396,14 +401,14 @@ def test_optional_is_kept_in_copies_pickles_and_configs(make):
         assert repr(same) == repr(tx)
 
 
-def test_jit_tells_optional_patterns_apart():
+def test_jit_distinguishes_optional_patterns_from_plain_ones():
     init = jax.jit(lambda tx, params: tx.init(params))
     init(adamw(mask=optional("kernal")), PARAMS)
     with pytest.raises(ValueError, match="'kernal' matches no leaf"):
         init(adamw(mask="kernal"), PARAMS)
 
 
-def test_optional_in_a_config():
+def test_a_config_has_its_own_form_of_an_optional_pattern():
     config = to_config(masked(scale(0.5), optional("bias$")))
     assert config["pattern"] == {"optional": "bias$"}
     with pytest.raises(
@@ -430,7 +435,7 @@ def test_a_tree_of_bools_hashes_and_compares():
         assert copied == mask
 
 
-def test_a_tree_of_bools_gives_each_leaf_its_bool():
+def test_a_bool_at_a_subtree_counts_for_all_its_leaves():
     mask = BoolTree({"a": True, "b": [np.bool_(False), None]})
     assert mask.flags_for("x", {"a": {"c": 1, "d": None}, "b": [2, None]}) == [
         True,

@@ -1,4 +1,4 @@
-"""The training job as several processes: the same numbers, and what becomes of it when one dies."""
+"""The training job in several processes: it computes the same, and stops if one of them dies."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 TINY = ["--text", "prose.txt", "--batch", "32", "--context", "3", "--dim", "8", "--hidden", "8"]
 STEPS = 60
-# A few float32 roundings, of sums in another order, over that many steps.
+# A few float32 roundings over all steps, because the sums are in another order.
 ROUNDING = 2e-5
 
 
@@ -36,23 +36,23 @@ def finished(process, timeout=300):
     return out
 
 
-def differences(one, other):
-    """The largest differences of two runs: of an array's numbers, and of the losses.
+def differences(run, other_run):
+    """The largest differences of two runs: of the checkpoint's arrays, and of the losses.
 
-    That of an array is relative to its largest number.
+    The difference of an array is relative to its largest element.
     """
-    (about, arrays), (other_about, others) = read_checkpoint(one), read_checkpoint(other)
-    assert arrays.keys() == others.keys()
+    (about, arrays), (other_about, other_arrays) = read_checkpoint(run), read_checkpoint(other_run)
+    assert arrays.keys() == other_arrays.keys()
     assert len(about["losses"]) == len(other_about["losses"]) == STEPS
-    of_arrays = 0.0
+    array_difference = 0.0
     for name, x in arrays.items():
-        difference = np.abs(x.astype(np.float64) - others[name]).max()
-        of_arrays = max(of_arrays, difference / max(np.abs(x).max(), 1e-30))
-    return of_arrays, np.abs(np.subtract(about["losses"], other_about["losses"])).max()
+        difference = np.abs(x.astype(np.float64) - other_arrays[name]).max()
+        array_difference = max(array_difference, difference / max(np.abs(x).max(), 1e-30))
+    return array_difference, np.abs(np.subtract(about["losses"], other_about["losses"])).max()
 
 
-def members_at_work(launcher):
-    """The launcher's processes once they are about to train: each one's id by its number."""
+def training_process_ids(launcher):
+    """The ids of the launcher's processes by their numbers, once they are about to train."""
     # This reads the launcher's output up to the line that it prints before the first step.
     assert any(line.startswith("run:") for line in launcher.stdout), launcher.stderr.read()
     listed = subprocess.run(
@@ -71,15 +71,15 @@ def test_a_killed_process_ends_the_others_and_any_number_of_processes_can_resume
     arguments = [*TINY, "--steps", str(STEPS)]
     finished(start_job(*arguments, "--name", "one-process"))
     finished(start_job(*arguments, "--name", "uninterrupted", "--processes", "2"))
-    of_arrays, of_losses = differences("one-process", "uninterrupted")
-    # Two processes add in another order. A difference of 0 would mean that both ran as one.
-    assert 0 < of_arrays < ROUNDING
-    assert of_losses < 5e-6  # losses are between 1 and 10: a few roundings of these
+    array_difference, loss_difference = differences("one-process", "uninterrupted")
+    # Two processes sum in another order. A difference of 0 would mean that both ran as one.
+    assert 0 < array_difference < ROUNDING
+    assert loss_difference < 5e-6  # losses are between 1 and 10: a few roundings of these
     about, _ = read_checkpoint("uninterrupted")
     assert about["held_out"] == read_checkpoint("one-process")[0]["held_out"]
 
     process = start_job(*arguments, "--name", "killed", "--processes", "2", "--save-every", "0")
-    pids = members_at_work(process)
+    pids = training_process_ids(process)
     checkpoint = Path("runs/killed/checkpoint.npz")
     while not checkpoint.exists():
         assert process.poll() is None
@@ -89,22 +89,22 @@ def test_a_killed_process_ends_the_others_and_any_number_of_processes_can_resume
     _, err = process.communicate(timeout=120)
     assert time.monotonic() - began < 20
     assert process.returncode == 128 + signal.SIGKILL
-    *_, verdict, advice, command = err.splitlines()
-    assert verdict == "train: process 1 of 2 was ended by SIGKILL; the others were ended as well"
+    *_, reason, advice, command = err.splitlines()
+    assert reason == "train: process 1 of 2 was ended by SIGKILL; the others were ended as well"
     assert advice == "train: to go on from the last checkpoint:"
-    again = "-m benchmarks train --resume runs/killed --save-every 0.0 --processes 2"
-    assert command == f"  {sys.executable} {again}"
+    arguments_to_resume = "-m benchmarks train --resume runs/killed --save-every 0.0 --processes 2"
+    assert command == f"  {sys.executable} {arguments_to_resume}"
     assert "Traceback" not in err
     assert not any(map(is_running, pids.values()))
-    taken = len(read_checkpoint("killed")[0]["losses"])
-    assert 1 <= taken < STEPS
+    steps_taken = len(read_checkpoint("killed")[0]["losses"])
+    assert 1 <= steps_taken < STEPS
 
     for count in (1, 2, 4):
         folder = Path("runs", f"on-{count}")
         folder.mkdir()
         (folder / "checkpoint.npz").write_bytes(checkpoint.read_bytes())
         out = finished(start_job("--resume", f"runs/on-{count}", "--processes", str(count)))
-        assert f"{STEPS - taken} of {STEPS} steps to take" in out
+        assert f"{STEPS - steps_taken} of {STEPS} steps to take" in out
         # Compared with the run in one process. "uninterrupted" has rounding differences of its own.
         assert differences("one-process", f"on-{count}")[0] < ROUNDING
     assert differences("uninterrupted", "on-2") == (0, 0)
@@ -130,11 +130,11 @@ def collectives():
 def test_devices_exchange_row_gradients_and_no_dense_ones_of_tables(prose):
     output = run_on_devices(2, "import test_processes; test_processes.collectives()")
     shapes, words = json.loads(output)
-    # Each device reads 16 windows of 3 words, and of the output 40 frequent words, 16 drawn ones
-    # and 16 to predict.
+    # Each device reads the embeddings of 16 windows of 3 words; and from the output's kernel the
+    # rows of 40 frequent words, of 16 drawn words and of 16 words to predict.
     reads = 2 * 16 * 3, 2 * (40 + 16 + 16)
     of_tables = [x for rows in reads for x in (f"f32[{rows},8]", f"s32[{rows}]")]
-    # The hidden layer, its bias, the projection and the output's bias. Scalars are the loss's.
+    # The hidden layer, its bias, the projection and the output's bias. Scalars belong to the loss.
     of_rest = ["f32[24,8]", "f32[8]", "f32[8,8]", f"f32[{words}]"]
     assert sorted(x for x in shapes if not x.endswith("[]")) == sorted(of_tables + of_rest)
 
@@ -144,24 +144,24 @@ def test_processes_that_are_started_one_by_one_stop_together(prose, start_job):
         s.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{s.getsockname()[1]}"
     arguments = [*TINY, "--rows", "none", "--steps", "100000", "--name", "run", "--processes", "2"]
-    one, other = (
+    first, second = (
         start_job(*arguments, "--coordinator", coordinator, "--process", str(i)) for i in (0, 1)
     )
-    assert members_at_work(one).keys() == {0}
-    other.send_signal(signal.SIGTERM)
-    out, err = one.communicate(timeout=120)
-    # It got no signal itself: a process that another one stops ends as after Ctrl-C.
-    assert one.returncode == 128 + signal.SIGINT, err
+    assert training_process_ids(first).keys() == {0}
+    second.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=120)
+    # The first process got no signal. If another process stops it, it ends as after Ctrl-C.
+    assert first.returncode == 128 + signal.SIGINT, err
     options = f"--processes 2 --coordinator {coordinator} --process 0"
     assert f"-m benchmarks train --resume runs/run {options}" in out.splitlines()[-1]
     assert 1 <= len(read_checkpoint("run")[0]["losses"]) < 100_000
-    out, err = other.communicate(timeout=120)
-    assert other.returncode == 128 + signal.SIGTERM, err
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 128 + signal.SIGTERM, err
     assert "process 0 reports" in out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "why"),
+    ("arguments", "message"),
     [
         (["--processes", "0"], "--processes: expected a whole number of at least 1"),
         (["--process", "1", "--processes", "2"], "--coordinator and --process go together"),
@@ -170,15 +170,15 @@ def test_processes_that_are_started_one_by_one_stop_together(prose, start_job):
         (["--compare", "--processes", "2"], "--compare runs in one process"),
     ],
 )
-def test_bad_options_get_one_line(capsys, arguments, why):
+def test_the_error_of_a_wrong_option_is_one_line(capsys, arguments, message):
     assert train.main(arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("train: ")
     assert err.count("\n") == 1
-    assert why in err
+    assert message in err
 
 
-def test_what_is_wrong_is_said_once_by_several_processes(tmp_path, monkeypatch, start_job):
+def test_several_processes_print_an_error_once(tmp_path, monkeypatch, start_job):
     monkeypatch.chdir(tmp_path)
     Path("small.txt").write_text("too few words")
     process = start_job("--text", "small.txt", "--processes", "2")

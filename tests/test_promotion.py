@@ -1,4 +1,4 @@
-"""What works under JAX's usual promotion of dtypes works under the strict one too."""
+"""Under JAX's strict promotion of dtypes, results are the same as under the standard one."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from support import assert_same
 import adamjax
 
 PARAMS = jnp.array([1.0, -2.0, 3.0])
-# A transform with one hyperparameter that is an array; `array` makes it from a number.
+# Makers of transforms, each with an array as one hyperparameter. `array` makes it from a number.
 HYPERPARAMETERS = {
     "rate": lambda array: adamjax.adam(array(0.1)),
     "b1": lambda array: adamjax.adam(b1=array(0.9)),
@@ -30,7 +30,7 @@ SCHEDULES = {
 }
 
 
-def expect_no_difference(function, *args):
+def assert_strict_promotion_changes_nothing(function, *args):
     with jax.numpy_dtype_promotion("strict"):
         strict = function(*args)
     assert_same(strict, function(*args))
@@ -38,23 +38,23 @@ def expect_no_difference(function, *args):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
-def test_arrays_as_hyperparameters(name, dtype):
+def test_hyperparameters_may_be_arrays_of_any_dtype(name, dtype):
     def update():
         tx = HYPERPARAMETERS[name](lambda value: jnp.array(value, dtype))
         return tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
-    expect_no_difference(update)
+    assert_strict_promotion_changes_nothing(update)
 
 
 @pytest.mark.parametrize("steps", [3, jnp.uint8(3), jnp.uint32(3), jnp.int32(3)])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_steps_of_schedules(name, steps):
-    expect_no_difference(SCHEDULES[name](steps), jnp.int32(4))
+def test_numbers_of_steps_may_be_integers_of_any_dtype(name, steps):
+    assert_strict_promotion_changes_nothing(SCHEDULES[name](steps), jnp.int32(4))
 
 
 @pytest.mark.parametrize("gradient", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("table", ["float32", "float16"])
-def test_row_gradients_of_another_dtype(gradient, table):
+def test_row_gradients_may_have_another_dtype_than_their_table(gradient, table):
     params = {"t": jnp.ones((4, 2), table)}
     grads = {"t": adamjax.row_gradient(jnp.array([1]), jnp.ones((1, 2), gradient), 4)}
     tx = adamjax.exact_rows(adamjax.adamw(0.1), "t")
@@ -62,4 +62,4 @@ def test_row_gradients_of_another_dtype(gradient, table):
     def moved():
         return adamjax.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
 
-    expect_no_difference(moved)
+    assert_strict_promotion_changes_nothing(moved)

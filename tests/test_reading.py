@@ -1,4 +1,4 @@
-"""Reading a state, through chains, wrappers and partitions, ours and optax's."""
+"""Reading slots, counts, averages and rates from states, inside wrappers of ours and of optax."""
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +51,12 @@ def run(tx, steps=1):
     return params, state
 
 
-def plain():
+def adam_with_average():
     return chain(adam(0.1), weight_ema(0.5))
 
 
 ONE_LABEL = {"enc": {"kernel": "a", "bias": "a"}, "head": "a"}
-# Wrappers in which `plain` takes the same steps as alone.
+# Wrappers in which `adam_with_average` takes the same steps as alone.
 WRAPPERS = {
     "chain": chain,
     "skip": skip_not_finite,
@@ -76,8 +76,8 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_state_is_read_through_any_wrapper(wrap):
-    _, state = run(wrap(plain()), 2)
-    _, expected = run(plain(), 2)
+    _, state = run(wrap(adam_with_average()), 2)
+    _, expected = run(adam_with_average(), 2)
     assert slot_names(state) == ("m", "v")
     assert_close(get_slot(state, "m"), expected[0].m)
     assert_close(get_slot(state, "v"), expected[0].v)
@@ -97,7 +97,7 @@ def test_the_learning_rate_is_read_through_our_wrappers(name):
 
 
 @pytest.mark.slow
-def test_slots_of_every_rule():
+def test_slot_names_of_every_rule():
     for tx, names in (
         (adam(), ("m", "v")),
         (adamw(), ("m", "v")),
@@ -115,7 +115,7 @@ def test_slots_of_every_rule():
 
 
 def test_slots_of_a_partition_are_joined():
-    """Whatever the parts have of a subtree: all, some, or nothing of it."""
+    """A part may have all leaves of a subtree, some, or none."""
     tx = partition(
         [
             ("head", chain(adamax(0.1), weight_ema(0.5))),
@@ -135,7 +135,7 @@ def test_slots_of_a_partition_are_joined():
     assert v["head"] is None
     assert v["enc"]["bias"].shape == (1,)
     assert jax.tree.structure(averaged_weights(state)) == jax.tree.structure(PARAMS)
-    # Whichever part has which leaf.
+    # m does not depend on which part has which leaf.
     permuted = tx.replace(patterns=("kernel", "bias", "head"))
     assert_close(get_slot(run(permuted)[1], "m"), m)
 
@@ -160,7 +160,7 @@ def test_a_slot_that_a_state_has_twice_is_refused():
         get_slot(state, "v")
 
 
-def test_a_missing_slot_is_an_error_that_lists_the_others():
+def test_the_error_of_a_missing_slot_lists_the_existing_ones():
     with pytest.raises(KeyError, match=r"no slot 'v_max'; it has \['m', 'v'\]"):
         get_slot(adam().init(PARAMS), "v_max")
     with pytest.raises(KeyError, match=r"no slot 'm'; it has \[\]"):
@@ -178,7 +178,7 @@ def test_slots_of_integers_none_empty_trees_and_single_arrays():
 
 
 @pytest.mark.slow
-def test_step_count_leaves_out_calls_that_take_no_step():
+def test_step_count_does_not_count_calls_that_take_no_step():
     assert int(step_count(run(scale_by_learning_rate(0.1), 3)[1])) == 3
     assert int(step_count(run(weight_ema(), 3)[1])) == 3
     assert int(step_count(run(accumulate_gradients(adam(), 2), 3)[1])) == 1
@@ -206,7 +206,7 @@ def test_skipped_steps_of_several_are_added():
         skipped_steps(adam().init(PARAMS))
 
 
-def test_averaged_weights_without_an_average():
+def test_averaged_weights_without_an_average_are_refused():
     with pytest.raises(ValueError, match="no weight_ema"):
         averaged_weights(adam().init(PARAMS))
 
@@ -241,7 +241,7 @@ def test_an_average_of_another_tree_is_refused(params, shown):
         averaged_weights(weight_ema(0.5).init(PARAMS), params)
 
 
-def test_an_average_that_stands_in_for_the_weights_is_a_copy():
+def test_averaged_weights_are_a_copy_that_can_be_donated_with_the_state():
     """A step may donate both the weights and the state."""
     tx = chain(adam(0.1), weight_ema(0.9))
     params = {"w": jnp.ones(3)}
@@ -250,7 +250,7 @@ def test_an_average_that_stands_in_for_the_weights_is_a_copy():
     step(averaged_weights(state, params), state)
 
 
-def test_the_rate_of_another_state_is_refused():
+def test_the_learning_rate_from_the_state_of_another_transform_is_refused():
     state = adam(0.1).init(PARAMS)
     with pytest.raises(ValueError, match="the state has 2 states for 3 transforms"):
         learning_rate(adamjax.adamw(0.1), state)
@@ -273,7 +273,7 @@ def test_the_learning_rate_is_that_of_the_next_step():
     assert_close(updates["enc"], jax.tree.map(lambda u: -0.25 * u, direction["enc"]))
 
 
-def test_no_learning_rate_or_several_are_refused():
+def test_a_transform_with_no_or_several_learning_rates_is_refused():
     two = partition([("enc", adam(0.1))], default=adam(0.2))
     with pytest.raises(ValueError, match="expected one scale_by_learning_rate, there are 2"):
         learning_rate(two, two.init(PARAMS))
@@ -286,7 +286,7 @@ def test_no_learning_rate_or_several_are_refused():
         learning_rate(3, ())
 
 
-def test_everything_is_read_inside_of_jit_too():
+def test_states_are_read_inside_of_jit_too():
     tx = skip_not_finite(chain(clip_by_global_norm(1.0), adam(cosine_decay(0.1, 4)), weight_ema()))
 
     @jax.jit

@@ -1,7 +1,7 @@
-"""What README.md and docs/ say is true: code prints what is shown, and numbers are measured.
+"""README.md and docs/: code prints the output that is shown, and the numbers were measured.
 
-A block of Python may be followed by a block of text: that is what it prints. Numbers are compared
-to the digits that are written.
+A block of text after a block of Python is its output. Numbers in it may differ by one unit of the
+last digit that is shown.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from benchmarks import readme
 TEXTS = {page: page.read_text() for page in readme.PAGES}
 NAMES = {page: page.relative_to(ROOT).as_posix() for page in readme.PAGES}
 BASE = "https://github.com/adamjax/adamjax/blob/main/"
-# What README.md and docs/ may import that not every environment of the tests has.
+# Packages that README.md and docs/ may import, and that not every environment of the tests has.
 OPTIONAL = ("equinox", "flax", "haiku", "keras", "orbax", "torch")
 
 
@@ -46,7 +46,7 @@ NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
 
 
 def agrees(found, shown):
-    """Whether two texts are the same, but for digits of numbers that are not shown."""
+    """Whether two texts are the same, up to one unit of the last digit of each shown number."""
     found, shown = " ".join(found.split()), " ".join(shown.split())
     if NUMBER.sub("#", found) != NUMBER.sub("#", shown):
         return False
@@ -58,7 +58,7 @@ def agrees(found, shown):
     return True
 
 
-def test_what_agrees():
+def test_numbers_agree_up_to_one_unit_of_the_last_digit():
     assert agrees("loss 0.2512\n(3,)", "loss 0.25 (3,)")
     assert agrees("1.2e-07", "1.1e-07")
     assert not agrees("loss 0.27", "loss 0.25")
@@ -69,7 +69,7 @@ def test_what_agrees():
 # Keras has JAX read its variables through `__array__`.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"{b.page}:{b.line}" for b in BLOCKS])
-def test_code_prints_what_is_shown(block, monkeypatch):
+def test_code_prints_the_output_that_is_shown(block, monkeypatch):
     for package in OPTIONAL:
         if package in imported_packages(block.code) and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
@@ -94,13 +94,13 @@ def test_every_measured_number_is_used():
 
 
 def test_marks_of_numbers_are_pairs_within_lines():
-    """A line of Markdown that begins with a comment is no part of its paragraph."""
+    """A mark at the start of a line would end the paragraph, as any comment in Markdown does."""
     for page, text in TEXTS.items():
         assert not re.search(r"^\s*<!-- number ", text, re.M), NAMES[page]
         assert text.count("<!-- number ") == text.count("<!-- end -->"), NAMES[page]
 
 
-def test_results_need_one_place():
+def test_each_result_needs_exactly_one_place_in_the_pages():
     page = next(page for page, text in TEXTS.items() if "<!-- end dense cpu -->" in text)
     without = TEXTS | {page: TEXTS[page].replace("<!-- end dense cpu -->", "")}
     with pytest.raises(ValueError, match=r"cpu/dense\.json needs one place .* found 0"):
@@ -114,14 +114,14 @@ def test_the_front_page_is_short():
     assert len(TEXTS[readme.README].splitlines()) < 200
 
 
-def written(text):
-    """The lines of a page that somebody wrote: without generated tables."""
+def hand_written(text):
+    """A page without its generated tables."""
     return re.sub(r"(<!-- (\w+ [\w-]+) -->\n).*?<!-- end \2 -->", r"\1", text, flags=re.DOTALL)
 
 
 def test_pages_are_short():
     for page, text in TEXTS.items():
-        assert len(written(text).splitlines()) < 250, NAMES[page]
+        assert len(hand_written(text).splitlines()) < 250, NAMES[page]
 
 
 def anchors(text):
@@ -130,7 +130,7 @@ def anchors(text):
         yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-def test_links_lead_somewhere():
+def test_the_targets_of_links_exist():
     for page, text in TEXTS.items():
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             address, _, anchor = target.partition("#")
@@ -147,7 +147,7 @@ def test_links_lead_somewhere():
                 assert anchor in anchors(path.read_text()), f"{NAMES[page]}: {target}"
 
 
-def test_the_front_page_names_everything():
+def test_the_front_page_names_every_public_name():
     names = set(re.findall(r"`(\w+)`", TEXTS[readme.README]))
     assert not set(adamjax.__all__) - names
 
@@ -168,12 +168,12 @@ def test_commands_that_pages_name_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     suites = {path.stem for path in (ROOT / "benchmarks").iterdir()}
     for page, text in TEXTS.items():
-        # In prose after a backtick, in a block at the start of a line.
+        # A command is after a backtick in prose, and at the start of a line in a block.
         for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M):
             assert target in targets, f"{NAMES[page]}: make {target}"
         for suite in re.findall(r"python -m benchmarks ([a-z]\w*)", text):
             assert suite in suites, f"{NAMES[page]}: {suite}"
 
 
-def test_the_front_page_says_how_to_test():
+def test_the_front_page_names_make_test():
     assert "`make test`" in TEXTS[readme.README]

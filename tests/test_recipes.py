@@ -1,4 +1,4 @@
-"""Every recipe runs as a program, and prints what it promises."""
+"""Every recipe runs as a program, and prints the expected last lines."""
 
 import ast
 import importlib.util
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.py"))
 # A number below 1e-5, or 0.
 SMALL = r"\d(\.\d+)?e-(0[6-9]|[1-9]\d)|0e\+00"
-# What each prints last.
-PRINTS = {
+# Patterns of the last lines that each recipe prints.
+LAST_LINES = {
     "accumulation": rf"64 calls, 16 steps\nthe largest difference to .* whole batches: ({SMALL})",
     "eight_devices": r"8 devices; each holds 128 of 1024\nloss (\d\.\d+), on one device \1",
     "equinox_average": r"of the last weights: 0\.00\d+\n.*average: 0\.00\d+\n0.5 \* 0.5 = 0\.2\d",
@@ -31,28 +31,28 @@ PRINTS = {
 }
 
 
-def missing(recipe):
-    """The packages that it imports and that are not installed here."""
+def missing_packages(recipe):
+    """The packages that a recipe imports and that are not installed here."""
     packages = sorted(imported_packages(recipe.read_text()))
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])
-def test_runs(recipe, tmp_path):
-    if missing(recipe):
-        pytest.skip(f"needs {', '.join(missing(recipe))}")
+def test_a_recipe_runs_and_prints_its_last_lines(recipe, tmp_path):
+    if missing_packages(recipe):
+        pytest.skip(f"needs {', '.join(missing_packages(recipe))}")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     env.pop("XLA_FLAGS", None)  # a recipe sets the flags that it needs
     done = subprocess.run(
         [sys.executable, str(recipe)], capture_output=True, text=True, env=env, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert re.search(PRINTS[recipe.stem] + r"\n\Z", done.stdout), done.stdout
+    assert re.search(LAST_LINES[recipe.stem] + r"\n\Z", done.stdout), done.stdout
     assert not any(tmp_path.iterdir())  # it leaves no files
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])
-def test_is_short_and_says_how_to_run_it(recipe):
+def test_a_recipe_is_short_and_says_how_to_run_it(recipe):
     text = recipe.read_text()
     assert 30 <= len(text.splitlines()) <= 70
     docstring = ast.get_docstring(ast.parse(text))

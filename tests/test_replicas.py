@@ -11,10 +11,10 @@ import adamjax
 REPLICAS, NUM_ROWS, WIDTH = 4, 11, 2
 
 
-def data_of_all():
-    """For each replica (the first axis): its rows, as indices and values, and its `w_grad`."""
+def replica_data():
+    """The indices and values of each replica's row gradient, and its `w_grad`. Axis 0: replicas."""
     rng = np.random.default_rng(0)
-    # -1 and NUM_ROWS are no rows.
+    # -1 and NUM_ROWS stand for no row.
     ids = jnp.asarray(rng.integers(-1, NUM_ROWS + 1, (REPLICAS, 5)))
     values = jnp.asarray(rng.normal(size=(REPLICAS, 5, WIDTH)), jnp.float32)
     return ids, values, jnp.asarray(rng.normal(size=(REPLICAS, 3)), jnp.float32)
@@ -41,46 +41,46 @@ def step_of_a_replica(ids, values, w_grad):
     return one_step(optimizer(adamjax.sum_over("batch")), gradients(ids, values, w_grad))
 
 
-def expected():
-    """The step of one device that has all rows and the sum of the gradients of `w`."""
-    ids, values, w_grad = data_of_all()
+def params_of_one_device():
+    """The parameters after a step of one device with all row gradients and the sum of `w_grad`."""
+    ids, values, w_grad = replica_data()
     return one_step(optimizer(), gradients(ids, values, w_grad.sum(0)))
 
 
-def expect_the_same_step(params_of_all):
-    """Every replica took the step of one device."""
-    wanted = expected()
+def assert_params_of_one_device(params_of_replicas):
+    """Asserts that every replica has the parameters of one device."""
+    wanted = params_of_one_device()
     for i in range(REPLICAS):
-        params = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), params_of_all)
+        params = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), params_of_replicas)
         assert_close(params, wanted, 1e-6)
 
 
 @pytest.mark.slow
-def test_under_vmap():
-    expect_the_same_step(jax.vmap(step_of_a_replica, axis_name="batch")(*data_of_all()))
+def test_replicas_under_vmap_take_the_step_of_one_device():
+    assert_params_of_one_device(jax.vmap(step_of_a_replica, axis_name="batch")(*replica_data()))
 
 
 @pytest.mark.slow
 def test_dense_updates_of_a_table_are_summed_as_well():
-    """Adam's updates have all rows, also those that a replica did not read."""
+    """Adam's updates have all rows, including those that a replica did not read."""
 
     def step(ids, values, w_grad):
         tx = adamjax.chain(adamjax.adam(0.1), adamjax.sum_over("batch"))
         return one_step(tx, gradients(ids, values, w_grad))["table"]
 
-    def alone(ids, values, w_grad):
+    def update_of_one_replica(ids, values, w_grad):
         moved = one_step(adamjax.adam(0.1), gradients(ids, values, w_grad))
         return moved["table"] - PARAMS["table"]
 
-    mapped = jax.vmap(step, axis_name="batch")(*data_of_all())
-    total = jax.vmap(alone)(*data_of_all()).sum(0)
+    mapped = jax.vmap(step, axis_name="batch")(*replica_data())
+    total = jax.vmap(update_of_one_replica)(*replica_data()).sum(0)
     assert_close(mapped[0], PARAMS["table"] + total, 1e-6)
 
 
 def check_over_devices():
     """Under `pmap` and `shard_map`. Needs several devices, so it runs in its own process."""
     assert jax.device_count() == REPLICAS
-    expect_the_same_step(jax.pmap(step_of_a_replica, axis_name="batch")(*data_of_all()))
+    assert_params_of_one_device(jax.pmap(step_of_a_replica, axis_name="batch")(*replica_data()))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
     spec = jax.sharding.PartitionSpec("batch")
 
@@ -89,7 +89,7 @@ def check_over_devices():
         return jax.tree.map(lambda x: x[None], params)
 
     mapped = jax.shard_map(step_on_one_device, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
-    expect_the_same_step(jax.jit(mapped)(*data_of_all()))
+    assert_params_of_one_device(jax.jit(mapped)(*replica_data()))
 
 
 def check_replicated_parameters_need_check_vma_false():
@@ -129,7 +129,7 @@ def check_replicated_parameters_need_check_vma_false():
 @pytest.mark.parametrize(
     "check", [check_over_devices, check_replicated_parameters_need_check_vma_false]
 )
-def test_over_devices(check):
+def test_replicas_on_several_devices(check):
     run_on_devices(REPLICAS, f"import test_replicas; test_replicas.{check.__name__}()")
 
 

@@ -1,4 +1,4 @@
-"""Moments in bfloat16: rounded stochastically, so that their mean is that of float32."""
+"""Stochastic rounding of moments and weights in bfloat16: their mean is that of float32."""
 
 import pickle
 
@@ -35,8 +35,8 @@ def wide(x):
 
 @pytest.mark.parametrize("value", [1.001, -0.3, 3e-39, 1.7e-40, 2.9e38, -7.77e10])
 @pytest.mark.slow
-def test_the_mean_is_the_value(value):
-    """Two neighbours in bfloat16, whose mean is within 4 standard errors."""
+def test_the_mean_of_stochastic_rounding_is_the_value(value):
+    """The results are the value's two neighbours. Their mean is within 4 standard errors."""
     x = jnp.full(40_000, value, jnp.float32)
     y = wide(written(x))
     below, above = np.unique(y)
@@ -44,13 +44,13 @@ def test_the_mean_is_the_value(value):
     assert abs(y.mean() - np.float64(np.float32(value))) < 4 * y.std() / np.sqrt(y.size)
 
 
-def test_what_bfloat16_has_is_unchanged():
+def test_values_of_bfloat16_are_unchanged():
     x = jnp.array([0.0, -0.0, 1.0, -1.5, 9.18355e-41, jnp.inf, -jnp.inf, jnp.nan], jnp.bfloat16)
     for count in range(5):
         assert_same(written(x.astype(jnp.float32), count=count), x)
 
 
-def test_bits_differ_from_step_to_step_leaf_to_leaf_and_slot_to_slot():
+def test_random_bits_differ_between_steps_leaves_and_slots():
     x = jnp.full(N, 1.001, jnp.float32)
     draws = [written(x, count=count, leaf=leaf) for count in (0, 1, 7) for leaf in (0, 1, 300)]
     keys = rounding_keys(jnp.int32(0), [0])
@@ -60,7 +60,7 @@ def test_bits_differ_from_step_to_step_leaf_to_leaf_and_slot_to_slot():
 
 
 @pytest.mark.slow
-def test_rows_have_the_bits_of_their_place():
+def test_rows_are_rounded_with_the_random_bits_of_their_positions():
     x = jnp.full((100, 3), 1.001, jnp.float32)
     ids = jnp.array([7, 99, 0])
     assert_same(written(x[ids], rows=ids), written(x)[ids])
@@ -73,20 +73,20 @@ def test_rows_have_the_bits_of_their_place():
 @pytest.mark.parametrize("kind", ["constant", "decaying", "sparse", "heavy-tailed"])
 @pytest.mark.slow
 def test_moments_have_no_bias(kind, scale):
-    """At every tenth step, by the mean of the relative errors over all elements.
+    """At every tenth step, the mean error of all elements is compared with its standard error.
 
-    An element's error is divided by the size of its own moment, so that large ones do not decide.
+    Errors are relative to each element's own moment, so large moments do not dominate the mean.
     """
     g = moments.gradients(kind, 200, N) * np.float32(scale)
     ours, expected = moments.trajectory("bfloat16")(g), moments.reference(g)
     found = moments.errors(ours, expected, float32_error=1e-6)
-    # 20 figures each of m and v. Noise puts one in 370 beyond 3 standard errors.
+    # There are 20 mean errors of m and 20 of v. By chance, 1 in 370 is beyond 3 standard errors.
     num_biased = 20 * sum(found["biased"].values())
     assert num_biased <= 2
 
 
-def test_a_checkpoint_goes_on_bit_for_bit():
-    """The random bits are of the count, which is in the state."""
+def test_training_continues_from_a_pickled_state_bit_for_bit():
+    """The random bits depend on the step count, which is in the state."""
     tx, params = adamjax.adam(0.1, **NARROW), {"a": jnp.ones((5, 3)), "b": jnp.ones(())}
     update = jax.jit(tx.update)
 
@@ -103,8 +103,8 @@ def test_a_checkpoint_goes_on_bit_for_bit():
     assert_same(steps(*saved, range(3, 6)), whole)
 
 
-def test_to_the_nearest_v_freezes():
-    """The control: rounded to the nearest, v stops far below its value; ours does not."""
+def test_v_would_freeze_if_it_were_rounded_to_the_nearest():
+    """A v that is rounded to the nearest stops far below its value; ours does not."""
     g = jnp.ones(4)
     tx, v = adamjax.scale_by_adam(**NARROW), jnp.zeros(4, jnp.bfloat16)
     state = tx.init(g)
@@ -117,7 +117,7 @@ def test_to_the_nearest_v_freezes():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_steps_are_those_of_float32_up_to_the_resolution(rule):
+def test_updates_are_near_those_of_float32(rule):
     g = moments.gradients("heavy-tailed", 100, 512)
     narrow, full = RULES[rule](**NARROW), RULES[rule](m_dtype=None, v_dtype=None)
 
@@ -134,10 +134,10 @@ def test_steps_are_those_of_float32_up_to_the_resolution(rule):
     assert np.sqrt(np.mean(error**2)) < 0.05
 
 
-# --- however it is computed -----------------------------------------------------------------------
+# --- other ways to compute a step -----------------------------------------------------------------
 
 
-def test_nothing_is_added_where_no_slot_is_narrow():
+def test_a_step_without_narrow_slots_makes_no_random_bits():
     tx, g = adamjax.adam(), jnp.ones(3)
     assert "shift_right" not in str(jax.make_jaxpr(tx.update)(g, tx.init(g)))
 
@@ -160,8 +160,8 @@ def test_jit_and_partition_change_no_bit():
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("n", [40, 9000])
 @pytest.mark.slow
-def test_rows_are_written_with_the_bits_of_the_dense_step(rule, n):
-    """Also where so many rows are worked on in blocks."""
+def test_rows_are_rounded_with_the_random_bits_of_the_dense_step(rule, n):
+    """A step processes 40 rows at once, and 9,000 rows in blocks."""
     shape = (3 * n, 2)
     ids = jax.random.permutation(jax.random.key(0), shape[0])[:n]
     values = jax.random.normal(jax.random.key(1), (n, 2))
@@ -177,15 +177,15 @@ def test_rows_are_written_with_the_bits_of_the_dense_step(rule, n):
         np.mean(np.asarray(a) == np.asarray(b))
         for a, b in zip(jax.tree.leaves(by_rows), jax.tree.leaves(by_array), strict=True)
     ]
-    # The two differ by an ulp of float32 now and then, which may decide how a number is rounded.
+    # The two sometimes differ by an ulp of float32, which may change how a number is rounded.
     assert min(same) > 0.999
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("dtype", "noise"), [("bfloat16", 0.05), ("scaled8", 0.2)])
 @pytest.mark.slow
-def test_exact_rows_is_as_near_as_the_dense_step(rule, dtype, noise):
-    """By the mean error of the weights, of both against float32."""
+def test_the_error_of_exact_rows_is_that_of_the_dense_step(rule, dtype, noise):
+    """The error is the mean absolute difference of the weights from the weights in float32."""
     shape, steps = (300, 4), 150
     rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.zipf(1.3, (steps, 32)) % shape[0])
@@ -214,12 +214,12 @@ def test_exact_rows_is_as_near_as_the_dense_step(rule, dtype, noise):
         jax.jit(lambda tx=tx, d=d: run(tx, d))()[0]["t"]
         for tx, d in ((full, True), (exact, False), (narrow, True))
     )
-    error, bound = (np.mean(np.abs(wide(x) - wide(expected))) for x in (ours, dense))
-    assert error < 1.1 * bound
-    assert bound < noise * np.mean(np.abs(wide(expected)))
+    error, dense_error = (np.mean(np.abs(wide(x) - wide(expected))) for x in (ours, dense))
+    assert error < 1.1 * dense_error
+    assert dense_error < noise * np.mean(np.abs(wide(expected)))
 
 
-def test_a_state_on_the_host_goes_on_as_one_on_the_device():
+def test_a_step_from_a_state_on_the_host_is_the_same():
     tx, p = adamjax.adam(0.1, m_dtype="bfloat16"), jnp.ones(3)
     _, state = tx.update(p, tx.init(p), p)
     assert_same(tx.update(p, jax.device_get(state), p), tx.update(p, state, p))
@@ -267,13 +267,13 @@ def small_steps(update, steps=400, **options):
 
 def test_weights_move_by_small_updates():
     update = jnp.full((1000, 2), 5e-4)
-    assert_same(small_steps(update), jnp.ones((1000, 2), jnp.bfloat16))  # the control
+    assert_same(small_steps(update), jnp.ones((1000, 2), jnp.bfloat16))  # rounded to the nearest
     moved = wide(small_steps(update, rounding="stochastic"))
     assert abs(moved.mean() - 1.2) < 4 * moved.std() / np.sqrt(moved.size)
 
 
 @pytest.mark.slow
-def test_rows_move_as_in_the_dense_leaf():
+def test_rows_of_weights_are_rounded_as_in_the_dense_update():
     rows = adamjax.row_gradient(jnp.array([5, 2]), jnp.full((2, 3), 1e-3), 9)
     stochastic = {"rounding": "stochastic", "step": 3}
     p = jnp.ones((9, 3), jnp.bfloat16)
@@ -286,7 +286,7 @@ def test_rows_move_as_in_the_dense_leaf():
     assert_same(moved[0], p[0])
 
 
-def test_a_flush_after_every_step_rounds_as_the_steps_do():
+def test_a_stochastic_flush_after_every_step_follows_float32_on_average():
     """A row's momentum moves it by less than bfloat16's resolution in each step."""
     tx = adamjax.exact_rows(adamjax.adam(1e-3), "")
     first = adamjax.row_gradient(jnp.arange(1000), jnp.ones((1000, 2)), 1000)
@@ -307,12 +307,12 @@ def test_a_flush_after_every_step_rounds_as_the_steps_do():
     run = jax.jit(run, static_argnums=(0, 1))
     expected = float(run(jnp.float32, "nearest").mean())
     frozen, moved = (wide(run(jnp.bfloat16, rounding)) for rounding in ("nearest", "stochastic"))
-    assert np.all(frozen == 1)  # the control
+    assert np.all(frozen == 1)
     assert 1 - expected > 4e-3
     assert abs(moved.mean() - expected) < 4 * moved.std() / np.sqrt(moved.size)
 
 
-def test_a_flush_refuses_other_roundings():
+def test_flush_refuses_unknown_roundings_and_float16():
     for dtype, rounding, problem in [
         (
             jnp.bfloat16,
@@ -330,7 +330,7 @@ def test_a_flush_refuses_other_roundings():
             tx.flush(p, tx.init(p), rounding=rounding)
 
 
-def test_other_dtypes_are_rounded_as_before():
+def test_stochastic_rounding_changes_nothing_in_wide_dtypes():
     p = {"a": jnp.ones(3), "b": jnp.ones(2, jnp.complex64), "n": jnp.array(3)}
     u = {"a": jnp.full(3, 1e-3), "b": jnp.full(2, 1e-3j), "n": None}
     assert_same(
@@ -338,7 +338,7 @@ def test_other_dtypes_are_rounded_as_before():
     )
 
 
-def test_any_python_integer_is_a_step():
+def test_a_step_number_counts_modulo_2_to_the_32():
     p, u = jnp.ones(64, jnp.bfloat16), jnp.full(64, 2e-3)
     low, high = (adamjax.apply_updates(p, u, rounding="stochastic", step=s) for s in (3, 2**32 + 3))
     assert_same(low, high)
@@ -358,7 +358,7 @@ def test_train_step_rounds_stochastically():
         assert abs(wide(p["w"]).mean() - expected) < 2e-3
 
 
-def test_what_does_not_go_together_is_refused():
+def test_wrong_roundings_steps_and_dtypes_are_refused():
     p = jnp.ones(2, jnp.bfloat16)
     for options, message in (
         ({"rounding": "up"}, "must be 'nearest' or 'stochastic', got 'up'"),

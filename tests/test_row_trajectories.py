@@ -1,4 +1,4 @@
-"""Ten steps with row gradients against what other systems computed; see data/README.md.
+"""Ten steps with row gradients, compared with those of other systems; see data/README.md.
 
 The table `bert/emb` has 7 rows, of which row 6 never gets a row gradient. In mode `uniq` a step's
 indices are distinct, in `dup` some are repeated, in `mix` steps 1, 3, ... have dense gradients and
@@ -33,7 +33,7 @@ ORACLE = Oracle("keras_rows_f64.npz")
 ROWS = Oracle.load("keras_rows_f64.npz")
 NUM_ROWS = 7
 
-# Our names of the lazy system's optimizers.
+# The lazy system's names of optimizers, and ours.
 LAZY = {"lazyadam": "adam", "lazyamsgrad": "amsgrad"}
 
 NO_V_MAX = "LazyAdam of TensorFlow Addons divides by sqrt(v), not by sqrt(v_max), in its rows"
@@ -52,31 +52,31 @@ def not_applicable(system, name, variant, mode):
 
 
 def clips_first(system, name, variant, mode):
-    """Whether the case is one of a system that clips rows before it sums equal ones.
+    """Whether the case's system clips the rows before it sums equal rows.
 
-    We sum first: then a clip is that of the dense gradient. Such a case is given gradients that
-    are clipped already.
+    We sum first, so our clip is that of the dense gradient. In such a case our optimizer has no
+    clip, and gets gradients that are already clipped.
     """
     return system in ("legacy", "new") and variant in CLIPS and mode != "uniq"
 
 
 def is_lazy(system, name):
-    """Whether the system leaves rows alone that have no gradient."""
+    """Whether the system leaves rows without a gradient as they are."""
     return system == "lazy" or (system, name) == ("legacy", "adamax")
 
 
-def cases(wanted=lambda system, name, variant, mode: True):
-    """The cases of the file that are wanted; one that is not applicable says why."""
+def cases(selects=lambda system, name, variant, mode: True):
+    """The cases of the file that `selects` accepts. Those that cannot agree are skipped."""
     for case in ORACLE.weights:
-        if not wanted(*case.split("|")):
+        if not selects(*case.split("|")):
             continue
         reason = not_applicable(*case.split("|"))
         marks = [pytest.mark.skip(reason=reason)] if reason else []
         yield pytest.param(case, marks=marks, id=case.replace("|", "-"))
 
 
-def raw(mode, t):
-    """Indices (None if all rows are meant) and values of the table's gradient in step t."""
+def table_gradient(mode, t):
+    """Indices (None if it is dense) and values of the table's gradient in step t."""
     if mode == "mix" and t % 2 == 0:
         return None, ORACLE.grads["bert"]["emb"][t]
     kind = "dup" if mode == "mix" else mode
@@ -85,7 +85,7 @@ def raw(mode, t):
 
 def dense_gradient(mode, t):
     """The table's gradient in step t with equal rows summed, in NumPy."""
-    indices, values = raw(mode, t)
+    indices, values = table_gradient(mode, t)
     if indices is None:
         return values
     g = np.zeros_like(ORACLE.start["bert"]["emb"])
@@ -94,7 +94,7 @@ def dense_gradient(mode, t):
 
 
 def clipped(variant, *grads):
-    """The clips of a variant, on arrays."""
+    """The arrays after the clips of a variant, in NumPy."""
     if variant in ("clipvalue", "valnorm"):
         grads = [reference.clip_by_value(g, 0.3) for g in grads]
     if variant in ("clipnorm", "valnorm"):
@@ -103,10 +103,10 @@ def clipped(variant, *grads):
 
 
 def gradients(mode, clipped_as=None):
-    """A function that gives a step's gradients, after the clips of a variant if one is named."""
+    """A function from a step's index to its gradients, after a variant's clips if one is named."""
 
     def at(t):
-        indices, values = raw(mode, t)
+        indices, values = table_gradient(mode, t)
         values, b = clipped(clipped_as, values, ORACLE.grads["head"]["kernel"][t])
         if indices is not None:
             values = adamjax.row_gradient(jnp.asarray(indices), jnp.asarray(values), NUM_ROWS)
@@ -116,23 +116,23 @@ def gradients(mode, clipped_as=None):
 
 
 def prepared(case):
-    """The optimizer of a case, and the function that gives its gradients."""
+    """The optimizer of a case, and the function from a step's index to its gradients."""
     system, name, variant, mode = case.split("|")
-    first = clips_first(*case.split("|"))
+    clip_first = clips_first(*case.split("|"))
     options = {"rows": "lazy" if is_lazy(system, name) else "dense"}
     settings = VARIANTS[variant]
-    if first:
+    if clip_first:
         settings = dataclasses.replace(settings, clips=())
     tx = optimizer(system, LAZY.get(name, name), settings, **options)
-    return tx, gradients(mode, variant if first else None)
+    return tx, gradients(mode, variant if clip_first else None)
 
 
 def is_mixed(system, name, variant, mode):
-    """Whether a case has steps of either kind, with repeated indices and with dense gradients."""
+    """Whether a case has steps of both kinds: with repeated indices and with dense gradients."""
     return mode == "mix"
 
 
-# In float32 only the mode `mix`, which has everything that the others have.
+# In float32 only the mode `mix` is tested, which has repeated indices and dense gradients.
 @pytest.mark.parametrize(
     ("case", "precision"),
     [
@@ -142,7 +142,7 @@ def is_mixed(system, name, variant, mode):
     ],
 )
 @pytest.mark.slow
-def test_system(case, precision):
+def test_ten_steps_follow_those_of_other_systems(case, precision):
     tx, grads = prepared(case)
     weights, averaged, _ = run(tx, ORACLE.start, grads, precision)
     ORACLE.assert_case(case, weights, averaged, precision)
@@ -156,16 +156,17 @@ def is_exact(system, name, variant, mode):
     return not is_lazy(system, name) and variant != "emafreq"
 
 
-# A clip comes before the rule, so each is tried with one.
+# A clip comes before the rule, so each clip is tested with one rule only.
 CLIPPED = {("adam", "clipvalue"), ("amsgrad", "clipnorm"), ("adamax", "global")}
 
 
-def is_a_path_of_its_own(system, name, variant, mode):
-    """Whether `exact_rows` does something that it does not in the other cases.
+def differs_under_exact_rows(system, name, variant, mode):
+    """Whether a case tests something in `exact_rows` that the other cases do not test.
 
-    The legacy system's cases differ from the new one's by hyperparameters rounded to float32,
-    AdamW's from Adam's by a decay, distinct indices from repeated ones by nothing. In the mode
-    `mix` all rows are read in every other step; it is tried where that step has a dense gradient.
+    The cases of the legacy system differ from those of the new one only by hyperparameters that are
+    rounded to float32. AdamW differs from Adam only by its decay. Distinct and repeated indices
+    make no difference. In the mode `mix`, every other step reads all rows; it is tested with the
+    variant in which such a step has a dense gradient (see `has_dense_gradient`).
     """
     if not is_exact(system, name, variant, mode) or system == "legacy":
         return False
@@ -178,7 +179,7 @@ def is_a_path_of_its_own(system, name, variant, mode):
 
 @jax.jit
 def exact_step(tx, params, state, grads):
-    """A step, every row as `lookup` reads it, and the weights and averages after `flush`.
+    """The results of a step, then the weights and averages after `flush`, and all rows by `lookup`.
 
     The optimizer is an argument, so optimizers that differ only in their rates share one program.
     """
@@ -193,13 +194,13 @@ def is_row_gradient(x):
     return isinstance(x, adamjax.RowGradient)
 
 
-def is_dense_step(variant, g):
-    """Whether a gradient stays an array: in one variant only, as it needs a program of its own."""
+def has_dense_gradient(variant, g):
+    """Whether the step gets a dense gradient: in one variant only, as it needs another program."""
     return variant == "default" and not is_row_gradient(g)
 
 
 def padded(g):
-    """A row gradient with room for all rows, so that all cases are compiled for one shape."""
+    """The gradient as a row gradient with `NUM_ROWS` indices, so that all cases share one shape."""
     if not is_row_gradient(g):
         return adamjax.row_gradient(jnp.arange(NUM_ROWS), g, NUM_ROWS)
     empty = NUM_ROWS - g.indices.size
@@ -209,9 +210,9 @@ def padded(g):
     )
 
 
-@pytest.mark.parametrize("case", list(cases(is_a_path_of_its_own)))
+@pytest.mark.parametrize("case", list(cases(differs_under_exact_rows)))
 @pytest.mark.slow
-def test_exact_rows(case):
+def test_exact_rows_follows_other_systems(case):
     precision = "float64"
     tx, grads = prepared(case)
     tx = adamjax.exact_rows(tx, "emb", history=512)
@@ -220,7 +221,7 @@ def test_exact_rows(case):
         state, history = tx.init(params), []
         for t in range(STEPS):
             g = in_precision(grads(t), precision)
-            if not is_dense_step(case.split("|")[2], g["bert"]["emb"]):
+            if not has_dense_gradient(case.split("|")[2], g["bert"]["emb"]):
                 g["bert"]["emb"] = padded(g["bert"]["emb"])
             params, state, seen = exact_step(tx, params, state, g)
             history.append(seen)
@@ -229,10 +230,10 @@ def test_exact_rows(case):
     ORACLE.assert_case(case, {**weights, "bert": {"emb": rows}}, averaged, precision)
 
 
-# --- what the file holds --------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
 
 
-def test_file_is_whole():
+def test_the_file_has_all_cases():
     cases = [case.split("|") for case in ORACLE.weights]
     counts = {}
     for system, _, _, mode in cases:
@@ -250,8 +251,8 @@ def test_file_is_whole():
 
 
 @pytest.mark.parametrize("variant", CLIPS)
-def test_reason_for_clips_in_front_of_sums(variant):
-    """`test_system` shows that the systems clip first; so it must make a difference."""
+def test_a_clip_before_the_sum_of_equal_rows_differs_from_one_after_it(variant):
+    """So `test_ten_steps_follow_those_of_other_systems` shows that the systems clip first."""
 
     def summed(values, t):
         return np.asarray(adamjax.row_gradient(ROWS["idx_dup"][t], values, NUM_ROWS).to_dense())
@@ -259,9 +260,9 @@ def test_reason_for_clips_in_front_of_sums(variant):
     differences = []
     for t in range(STEPS):
         values, b = ROWS["val_dup"][t], ORACLE.grads["head"]["kernel"][t]
-        first = summed(clipped(variant, values, b)[0], t)
-        last = clipped(variant, summed(values, t), b)[0]
-        differences.append(np.abs(first - last).max())
+        clipped_first = summed(clipped(variant, values, b)[0], t)
+        summed_first = clipped(variant, summed(values, t), b)[0]
+        differences.append(np.abs(clipped_first - summed_first).max())
     assert max(differences) > 0.01
 
 
@@ -272,7 +273,7 @@ def lazy_amsgrad(mode, variant, with_max):
     p = ORACLE.start["bert"]["emb"].copy()
     m, v, v_max, weights = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p), []
     for t in range(STEPS):
-        indices, g = raw(mode, t)[0], dense_gradient(mode, t)
+        indices, g = table_gradient(mode, t)[0], dense_gradient(mode, t)
         rows = np.arange(NUM_ROWS) if indices is None else np.unique(indices)
         m[rows] = b1 * m[rows] + (1 - b1) * g[rows]
         v[rows] = b2 * v[rows] + (1 - b2) * g[rows] ** 2
@@ -288,22 +289,22 @@ def lazy_amsgrad(mode, variant, with_max):
 
 @pytest.mark.parametrize("mode", ["uniq", "dup", "mix"])
 @pytest.mark.parametrize("variant", ["default", "hyper"])
-def test_reason_for_lazy_amsgrad(variant, mode):
-    """Without v_max in its rows a lazy AMSGrad does as the system does; with it, as we do."""
+def test_lazy_amsgrad_of_tensorflow_addons_does_not_use_v_max_in_rows(variant, mode):
+    """A lazy AMSGrad without v_max in row steps matches the system; one with v_max matches us."""
     case = f"lazy|lazyamsgrad|{variant}|{mode}"
     start, theirs = ORACLE.start["bert"]["emb"], ORACLE.weights[case]["bert"]["emb"]
-    without = lazy_amsgrad(mode, variant, with_max=False)
-    assert_follows(without, theirs, start, precision="float64", tolerance=1e-12)
+    without_v_max = lazy_amsgrad(mode, variant, with_max=False)
+    assert_follows(without_v_max, theirs, start, precision="float64", tolerance=1e-12)
     tx, grads = prepared(case)
     ours, _, _ = run(tx, ORACLE.start, grads, "float64")
-    right = lazy_amsgrad(mode, variant, with_max=True)
-    assert_follows(ours["bert"]["emb"], right, start, precision="float64", tolerance=1e-12)
-    assert np.abs(right - theirs).max() > 1e-5 * np.abs(theirs - start).max()
+    with_v_max = lazy_amsgrad(mode, variant, with_max=True)
+    assert_follows(ours["bert"]["emb"], with_v_max, start, precision="float64", tolerance=1e-12)
+    assert np.abs(with_v_max - theirs).max() > 1e-5 * np.abs(theirs - start).max()
 
 
 @pytest.mark.parametrize("mode", ["uniq", "dup", "mix"])
-def test_reason_for_overwriting(mode):
-    """Keras 3's average starts from the weights after step 1, and steps 3, 6, ... put it there."""
+def test_keras_3_overwrites_weights_with_an_average_that_starts_after_step_1(mode):
+    """Steps 3, 6, ... overwrite the weights."""
     start = ORACLE.start["bert"]["emb"]
     p, average, weights = start, None, []
     grads = [dense_gradient(mode, t) for t in range(STEPS)]

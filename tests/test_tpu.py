@@ -1,7 +1,7 @@
-"""Steps on tables, compiled for a TPU by its own compiler without there being one.
+"""Steps compiled for a TPU by its own compiler, on a machine without a TPU.
 
-What is asserted is what the compiler says about its program: nothing in it makes an array of a
-table's size but the scatters into the table that was donated, and the bytes it will take.
+The tests check the compiler's report on the program: which instructions have results as large as a
+table (only scatters into the donated arrays should), and how much memory and traffic it needs.
 """
 
 import importlib.util
@@ -11,14 +11,14 @@ import pytest
 from benchmarks import compilers, hlo, programs, tpu
 
 NUM_ROWS = tpu.NUM_ROWS
-# By what factor a row of each width grows, as a TPU pads it to a multiple of 128 elements.
-PADDED = {16: 8, 32: 4, 64: 2, 100: 1.28, 128: 1, 256: 1, 300: 1.28}
-# Width of a packed table: its rows. With 16 columns it has more rows: otherwise it would fit in the
-# TPU's fast memory, and would be moved there as a whole.
-PACKED = {16: 4_000_000, 32: NUM_ROWS, 64: NUM_ROWS, 100: NUM_ROWS, 300: NUM_ROWS}
+# By what factor a row of each width grows, because a TPU pads it to a multiple of 128 elements.
+PADDING_FACTORS = {16: 8, 32: 4, 64: 2, 100: 1.28, 128: 1, 256: 1, 300: 1.28}
+# The number of rows of a packed table, by its width. With fewer rows of 16 columns it would fit in
+# the TPU's fast memory and would be moved there as a whole.
+PACKED_ROWS = {16: 4_000_000, 32: NUM_ROWS, 64: NUM_ROWS, 100: NUM_ROWS, 300: NUM_ROWS}
 ROW_CASES = [
-    *((kind, width, NUM_ROWS) for kind in ("lazy", "exact") for width in PADDED),
-    *(("packed", width, num_rows) for width, num_rows in PACKED.items()),
+    *((kind, width, NUM_ROWS) for kind in ("lazy", "exact") for width in PADDING_FACTORS),
+    *(("packed", width, num_rows) for width, num_rows in PACKED_ROWS.items()),
     *((kind, 64, NUM_ROWS) for kind in ("decayed", "init", "lookup", "flush", "not row-major")),
     *((kind, 64, NUM_ROWS) for kind in ("followed lazy", "followed exact")),
     *((kind, 64, NUM_ROWS, 65_536) for kind in ("lazy", "exact, given rows")),
@@ -34,7 +34,7 @@ DENSE_CASES = [
 ]
 # A vector, and matrices of long and of short columns.
 SCALED8_SHAPES = [ONE_LEAF, [2**18, 2**8], [2**13, 2**13]]
-# By the key with which a test asks for its result.
+# The cases by their keys in `compiled`.
 CASES = {
     **{case: ("rows", *case) for case in ROW_CASES},
     **{case: ("dense", *case, [ONE_LEAF]) for case in DENSE_CASES},
@@ -44,7 +44,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What the compiler says about each case. It runs in two processes, as it may end its own."""
+    """The compiler's report on each case. It runs in two processes, and may end them."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, which has the TPU's compiler, is not installed: make test-tpu")
     reports = compilers.reports(tpu.COMPILER, "v5e", list(CASES.values()), processes=2)
@@ -54,7 +54,7 @@ def compiled():
     return found
 
 
-# The operations whose results may be as large as a table: they pass it on or write into it.
+# The operations that may have a result as large as a table: they pass it on or write into it.
 IN_PLACE = {"parameter", "tuple", "get-tuple-element", "while", "scatter", "fusion in place"}
 
 
@@ -66,7 +66,7 @@ def assert_no_copy(found):
 @pytest.mark.parametrize(
     ("kind", "width"),
     [
-        *((kind, width) for kind in ("lazy", "exact") for width in PADDED),
+        *((kind, width) for kind in ("lazy", "exact") for width in PADDING_FACTORS),
         ("decayed", 64),
         ("followed lazy", 64),
         ("followed exact", 64),
@@ -75,22 +75,22 @@ def assert_no_copy(found):
 def test_a_step_on_a_row_major_table_copies_nothing(compiled, kind, width):
     found = compiled[kind, width, NUM_ROWS]
     assert_no_copy(found)
-    # Those that write the table and its two moments.
+    # They write the table and its two moments.
     assert found["makers"]["fusion in place"] == 3, found["makers"]
-    assert found["donated"] > 0.99 * found["tables"] * PADDED[width], found
-    assert found["arguments"] <= 1.01 * PADDED[width] * found["unpadded"], found
+    assert found["donated"] > 0.99 * found["tables"] * PADDING_FACTORS[width], found
+    assert found["arguments"] <= 1.01 * PADDING_FACTORS[width] * found["unpadded"], found
 
 
-@pytest.mark.parametrize("width", PACKED)
+@pytest.mark.parametrize("width", PACKED_ROWS)
 def test_packed_rows_are_hardly_padded(compiled, width):
-    found = compiled["packed", width, PACKED[width]]
+    found = compiled["packed", width, PACKED_ROWS[width]]
     assert_no_copy(found)
     assert found["arguments"] <= 1.1 * found["unpadded"], found
 
 
 @pytest.mark.parametrize("kind", ["lazy", "exact, given rows"])
 def test_temporaries_of_a_large_batch_are_those_of_a_block(compiled, kind):
-    """The sum of the gradients of all rows would have 17 MB, so it is never made as a whole."""
+    """The summed gradients of all rows would have 17 MB, so they are never in memory as a whole."""
     assert compiled[kind, 64, NUM_ROWS, 65_536]["temporary"] < 2e6
 
 
@@ -99,13 +99,13 @@ def test_reading_rows_and_flushing_copy_nothing(compiled, kind):
     assert_no_copy(compiled[kind, 64, NUM_ROWS])
 
 
-def test_a_jitted_init_makes_slots_that_lie_like_their_table(compiled):
+def test_a_jitted_init_makes_slots_with_the_layout_of_their_table(compiled):
     assert compiled["init", 64, NUM_ROWS]["orders"] == 2 * [[0, 1]]
 
 
 def test_copies_would_be_seen(compiled):
     found = compiled["not row-major", 64, NUM_ROWS]
-    # Of the table and its two moments: into the row-major layout and back.
+    # The table and its two moments are each copied into the row-major layout and back.
     assert found["makers"]["copy"] == 6
     assert found["temporary"] > found["table"]
 
@@ -123,23 +123,23 @@ def test_bfloat16_moments_save_their_bytes(compiled):
 
 @pytest.mark.parametrize("shape", SCALED8_SHAPES, ids=str)
 def test_a_step_of_8_bit_moments_reads_gradients_and_codes_again_for_exponents(compiled, shape):
-    """It makes no array of the leaf's size.
+    """The step makes no array of the leaf's size.
 
-    The compiler reports 24 or 27 bytes. Weights are read and written: 8 bytes. Gradients of 4 bytes
-    are read twice, for some shapes again. The codes of two moments are read 3 times and written
-    once: 8 bytes.
+    The compiler reports 24 or 27 bytes for each parameter. Weights are read and written: 8 bytes.
+    Gradients of 4 bytes are read twice, for some shapes again. The codes of two moments are read 3
+    times and written once: 8 bytes.
     """
     found = compiled["scaled8", *shape]
     assert 24 <= found["bytes"] <= 27.2
     assert found["temporary_bytes"] < 0.01
 
 
-def test_an_average_costs_no_more_than_reading_and_writing_it(compiled):
+def test_an_average_adds_only_the_bytes_of_reading_and_writing_it(compiled):
     most = compiled["optax", "clip + adamw"]["bytes"] + 4 + 4
     assert compiled["adamjax", "clip + adamw + average"]["bytes"] <= 1.001 * most
 
 
-# --- what is read of a program, without a compiler ------------------------------------------------
+# --- figures of the text of a program, without a compiler -----------------------------------------
 
 PROGRAM = """HloModule jit_step
 
@@ -164,9 +164,10 @@ kind=kLoop, calls=%other, backend_config={"estimated_cycles":"70"}
 """.replace("\\\n", "")
 
 
-def test_bytes_are_those_of_the_large_memory_with_padding():
+def test_traffic_is_the_padded_bytes_from_and_to_the_large_memory():
     table, row = 1000 * 128 * 4, 8 * 128 * 4
-    # g to the fast memory; the rows that are read; the slice; the table, read and written.
+    # Reads of g (1,024 elements with padding), of the gathered rows, the slice and the table; and a
+    # write of the table.
     assert hlo.traffic(PROGRAM) == 2 * 1024 + row + row + 2 * table
     assert hlo.cycles(PROGRAM) == 70
 
@@ -199,20 +200,20 @@ ENTRY %main.4 (start: (s32[], f32[1000,64], s32[8])) -> f32[] {
 """
 
 
-def test_a_loop_over_rows_counts_with_its_turns():
-    """The table, the rows that are read of it, and the ids. The table counts as those rows."""
+def test_traffic_counts_every_turn_of_a_loop_over_rows():
+    """A turn reads the ids and the table, which counts as the gathered rows, and writes these."""
     rows, ids, table = 8 * 64 * 4, 8 * 4, 1000 * 64 * 4
     assert hlo.traffic(LOOP, 5, table) == 5 * (rows + rows + ids)
     assert hlo.traffic(LOOP, 5, table + 1) == hlo.traffic(LOOP) == 0
 
 
-def test_only_large_batches_are_a_loop():
+def test_only_large_batches_are_processed_in_a_loop():
     cases = {**programs.large_cases(1000, 64), **programs.many_tables()[2]}
     cases["usual"] = ("rows", "exact_rows", 64, 1000)
     expected = {name: 32 if "65,536" in name else 0 for name in cases}
     assert {name: programs.block_iterations(case) for name, case in cases.items()} == expected
 
 
-def test_what_makes_large_arrays():
+def test_instructions_with_large_results_are_counted():
     expected = {"parameter": 2, "slice-start": 1, "fusion": 1, "get-tuple-element": 1}
     assert hlo.large_results(PROGRAM, 1000 * 64) == expected

@@ -1,4 +1,4 @@
-"""Ten steps through the public API against what other systems computed, and the references.
+"""Ten steps through the public API, compared with those of other systems and of the references.
 
 The systems' trajectories, and their known roundings and faults, are described in data/README.md.
 """
@@ -27,7 +27,7 @@ ORACLE = Oracle("keras_f64.npz")
 
 
 def cases():
-    """Every case of the file; one that is not applicable says why."""
+    """Every case of the file. Those that cannot agree are skipped."""
     for case in ORACLE.weights:
         system, _, variant = case.split("|")
         reason = NOT_APPLICABLE.get((system, variant))
@@ -47,7 +47,7 @@ def test_ten_steps_follow_those_of_other_systems(case, precision):
     ORACLE.assert_case(case, weights, averages, precision)
 
 
-def test_file_is_whole():
+def test_the_file_has_all_cases():
     systems = [case.split("|")[0] for case in ORACLE.weights]
     counts = {system: systems.count(system) for system in systems}
     assert counts == {"legacy": 24, "new": 45, "k3jax": 50, "multilr": 2}
@@ -57,8 +57,8 @@ def test_file_is_whole():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(ORACLE.weights))
 
 
-def test_keras_3_starts_its_average_after_step_1():
-    # There the average after step 1 is the weights themselves. tf_keras averages from p_0.
+def test_keras_3_starts_its_average_at_the_weights_after_step_1():
+    # After step 1, Keras 3's average is the weights. tf_keras averages from the initial weights.
     for case, average in ORACLE.averages.items():
         first = ORACLE.weights[case]["bert"]["emb"][0]
         start = ORACLE.start["bert"]["emb"]
@@ -66,7 +66,7 @@ def test_keras_3_starts_its_average_after_step_1():
         np.testing.assert_allclose(average[0], expected, rtol=1e-7)
 
 
-# The references
+# --- the references -------------------------------------------------------------------------------
 
 # By case: the name of both the optimizer and its reference, and the options of both.
 RULES = {
@@ -111,7 +111,7 @@ def wide_range(seed=0):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("rule", RULES)
-def test_wide_range(rule, precision):
+def test_updates_from_gradients_of_a_wide_range_follow_the_references(rule, precision):
     name, options = RULES[rule]
     start, grads = wide_range()
     tx = getattr(adamjax, name)(0.01, **options)
@@ -126,7 +126,7 @@ def test_wide_range(rule, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("rule", RULES)
-def test_slots(rule, precision):
+def test_slots_follow_the_references(rule, precision):
     name, options = RULES[rule]
     b1, b2 = 0.8, 0.95
     start, grads = wide_range(seed=1)
@@ -150,10 +150,9 @@ def test_slots(rule, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("rule", RULES)
-def test_whole_chain(rule, precision):
-    # Everything at once, in an order that matters: means, both clips, the rule, decoupled decay,
-    # the decayed rate, the average and its overwriting. The average moves when a step is taken, not
-    # at every micro-batch.
+def test_a_whole_chain_follows_the_references(rule, precision):
+    # The order matters: means, both clips, the rule, decoupled decay, the decayed rate, the average
+    # and its overwriting. The average moves in each step, not in each micro-batch.
     name, options = RULES[rule]
     start, grads = wide_range(seed=2)
     start = {leaf: x + 0.1 for leaf, x in start.items()}

@@ -1,4 +1,4 @@
-"""Programs of users as a type checker sees them."""
+"""What a type checker reports about programs that use adamjax."""
 
 import json
 import subprocess
@@ -58,11 +58,11 @@ model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
 nnx.Optimizer(model, adamjax.adam(1e-3), wrt=nnx.Param)
 """,
 }
-NEEDS = {"optax takes a transform": "optax", "Flax takes a transform": "flax"}
+REQUIRED_PACKAGES = {"optax takes a transform": "optax", "Flax takes a transform": "flax"}
 
 
 def errors(program, folder):
-    """The lines of a program in which the checker finds an error, and what it says."""
+    """The lines of a program in which the type checker finds an error, each with its message."""
     (folder / "program.py").write_text(program)
     (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}')
     command = [sys.executable, "-m", "basedpyright", "--outputjson", "--project", str(folder)]
@@ -78,14 +78,14 @@ def errors(program, folder):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_programs_pass(name, tmp_path):
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
+def test_correct_programs_pass_the_type_checker(name, tmp_path):
+    if name in REQUIRED_PACKAGES:
+        pytest.importorskip(REQUIRED_PACKAGES[name])
     assert errors(PROGRAMS[name], tmp_path) == []
 
 
-def test_mistakes_are_seen(tmp_path):
-    """The checker reads a program and knows the types of its parameters."""
+def test_the_type_checker_finds_mistakes(tmp_path):
+    """So the checker reads the program, and knows adamjax's parameters and result types."""
     mistakes = ["adamjax.scale_by_adam(b3=0.1)", 'adamjax.apply_updates({"w": 1.0}, {}).append(2)']
     lines = [line for line, _ in errors("\n".join(["import adamjax", *mistakes]), tmp_path)]
     assert lines == mistakes

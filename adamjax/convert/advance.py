@@ -38,8 +38,9 @@ __all__ = [
 MakeRuleState = Callable[[Any, Any], Any]
 
 # Counts of a rule at which its bias corrections are 1, the last one for betas near 1 too. There are
-# several, because a user's own transform may compute its rate from the count of its rule.
-LATE_COUNTS = (10_000, 100_000, 1_000_000)
+# several, because a user's own transform may compute its rate from the count of its rule. They are
+# primes, because such a rate may be periodic.
+LATE_COUNTS = (10_007, 100_003, 1_000_003)
 # Replaces a rate or a decay of 0 among the hyperparameters in a state.
 STAND_IN_FOR_ZERO = 0.01
 # The names of rates and decays among hyperparameters.

@@ -605,8 +605,9 @@ def from_keras(
 
         - the optimizer itself. Then its betas, epsilon, weight decay, clips, average, loss scale
           and rate are compared as well, and in Keras 3 also which leaves decay. A schedule of your
-          own is called at some hundred counts up to a million. (An optimizer of
-          `keras.models.load_model` has lost which leaves were excluded: call its
+          own is called at some hundred counts up to a million. (If the state of `tx` has the rate,
+          by `with_hyperparams`, only the next rate is compared, because you set the later ones. An
+          optimizer of `keras.models.load_model` has lost which leaves were excluded: call its
           `exclude_from_weight_decay` again first.);
         - `optimizer.variables`;
         - pairs (name, array), such as `[(v.path, v.numpy()) for v in optimizer.variables]` (in

@@ -108,6 +108,7 @@ class PairedSteps:
       num_elements: the number of their elements, at least 1.
       wide_dtypes: their dtypes, or float32 for narrower ones.
       is_float16: by leaf, whether it is float16.
+      most_in_float16: the largest gradients of such leaves.
       calls: how many calls of `update` make a step.
       has_other_signs: whether some elements of one micro-batch have the other sign.
       calls_left: how many calls finish the steps that the states are in the middle of; 0 if no
@@ -134,6 +135,12 @@ class PairedSteps:
         ]
         self.is_float16 = np.array([dtype_of(p) == jnp.float16 for p in self.params], bool)
         self.calls = _calls_of_a_step(ours, self.paths)
+        # With larger gradients, their squared norm would overflow in optax' float16.
+        num_float16 = sum(
+            np.size(p) for p, narrow in zip(self.params, self.is_float16, strict=True) if narrow
+        )
+        most_norm = 150 / (max(_MICRO_BATCHES) if self.calls > 1 else 1)
+        self.most_in_float16 = max(1.0, most_norm / math.sqrt(max(num_float16, 1)))
         phases = _phases(ours, self.paths)
         self.calls_to_first = np.array([steps - micro for steps, micro in phases], int)
         self.calls_left = _calls_left(phases, self.calls)
@@ -197,7 +204,7 @@ class PairedSteps:
             weights, weight_sizes = self.own_weights, np.ones(len(self.leaves))
         else:
             weights = self.pool[0].usual
-            weight_sizes = self._clipped(np.full(len(self.leaves), weight_size))
+            weight_sizes = self._clipped(np.full(len(self.leaves), weight_size), 1.0)
         num_calls, largest_sizes = 0, np.zeros(len(self.leaves))
         for number, step in enumerate(steps):
             # Before the first step, the unfinished step is finished. Otherwise the gradients of
@@ -207,7 +214,7 @@ class PairedSteps:
                 sizes = relative_size * step.sizes
                 if call == 0 and step.nonfinite_leaf is not None:
                     sizes[step.nonfinite_leaf] = step.nonfinite_value
-                both_sizes = self._clipped(sizes), weight_sizes
+                both_sizes = self._clipped(sizes, self.most_in_float16), weight_sizes
                 states, updates = self._next(states, (grads, weights), both_sizes)
                 is_first = num_calls < self.calls_to_first
                 largest_sizes = np.fmax(largest_sizes, np.abs(both_sizes[0]))
@@ -274,8 +281,8 @@ class PairedSteps:
           call: the result of `whole_call`.
         """
         sizes = (
-            self._clipped(self.usual_sizes),
-            self._clipped(np.full(len(self.leaves), weight_size)),
+            self._clipped(self.usual_sizes, self.most_in_float16),
+            self._clipped(np.full(len(self.leaves), weight_size), 1.0),
         )
         for left in reversed(range(self.calls + self.calls_left)):
             pools = self.pool[next(self.next_of_pool)].usual, self.pool[0].usual
@@ -283,11 +290,11 @@ class PairedSteps:
             states, (differences, largest) = call(left > 0, states, pools, sizes)
             yield np.array(differences, np.float64), np.array(largest, np.float64)
 
-    def _clipped(self, sizes: np.ndarray) -> np.ndarray:
-        """Sizes by leaf, limited for leaves in float16."""
-        # In optax' float16, squares of larger numbers overflow, and of smaller ones are inaccurate.
+    def _clipped(self, sizes: np.ndarray, most: float) -> np.ndarray:
+        """Sizes by leaf, of leaves in float16 limited to at least 0.3 and at most this size."""
+        # In optax' float16, squares of smaller numbers are inaccurate.
         is_clipped = self.is_float16 & np.isfinite(sizes) & (sizes != 0)
-        return np.where(is_clipped, np.clip(sizes, 0.3, 1.0), sizes)
+        return np.where(is_clipped, np.clip(sizes, 0.3, most), sizes)
 
     def _next(self, states: Any, pools: Any, sizes: Any) -> tuple[Any, Any]:
         """The next states of both optimizers, and their updates by leaf.

@@ -67,6 +67,8 @@ _NOT_FINITE = (
     (math.inf, WEIGHT_SIZES[1]),
     (math.nan, WEIGHT_SIZES[0]),
 )
+# The number of steps with the same large gradients, in which m grows faster than the root of v.
+_GROWING_STEPS = 12
 # How much larger the gradients of one leaf are than those of others, in steps that show its part in
 # a norm; and limits on the number of leaves that take such steps, or steps with a NaN.
 _LARGE_LEAF, _MOST_LEAVES, _FEWEST_LEAVES = 1e4, 16, 2
@@ -288,6 +290,10 @@ class _Comparison:
                     self._expect_same(
                         f"a late step at {start}", late, weight_size, [Step(1e3 * usual)]
                     )
+                # After some such steps, the direction of Adam is as large as it can be (7.3 for
+                # the default betas), which shows clips of it.
+                growing = [Step(1e3 * usual, varies_like_moments=True)] * _GROWING_STEPS
+                self._expect_same(f"late steps at {start}", late, weight_size, growing)
             else:
                 clipped = [Step(x * ones) for x in _CLIPPED_SIZES]
                 self._expect_same(start, states, weight_size, clipped)

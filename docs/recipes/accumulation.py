@@ -1,10 +1,10 @@
 """Gradient accumulation with a table: four micro-batches per step, and no dense gradient.
 
 `accumulate_gradients` sums the gradients of the micro-batches and takes a step with their mean.
-`rows="lazy"` needs row gradients. With `max_rows`, the sum of the table's gradients is one too. It
-has room for `max_rows` distinct rows: as many as the four micro-batches can read. (If they read
-more, the values of the sum would be NaN.) After 16 steps, the weights are those of 16 steps with
-whole batches, up to rounding.
+`rows="lazy"` needs row gradients. With `max_rows`, the sum of the table's gradients is also a row
+gradient. It has room for `max_rows` distinct rows: as many as the four micro-batches can read. (If
+they read more, the values of the sum would be NaN.) After 16 steps, the weights are those of 16
+steps with whole batches, up to rounding.
 
 Run it with `python docs/recipes/accumulation.py`.
 """
@@ -23,7 +23,7 @@ def loss_fn(params, ids, y):
     return jnp.mean((params["embedding"][ids] @ params["out"] - y) ** 2)
 
 
-def start():
+def initial_params():
     keys = jax.random.split(jax.random.key(0), 2)
     table = jax.random.normal(keys[0], (ROWS, 8))
     return {"embedding": table, "out": jax.random.normal(keys[1], (8,))}
@@ -40,7 +40,7 @@ accumulating = adamjax.accumulate_gradients(
 )
 print(accumulating)
 
-params = start()
+params = initial_params()
 state = accumulating.init(params)
 step = adamjax.train_step(loss_fn, accumulating, tables="embedding")
 for i in range(STEPS):
@@ -49,11 +49,12 @@ for i in range(STEPS):
         examples = slice(first, first + EXAMPLES)
         params, state, _ = step(params, state, ids[examples], y[examples])
 
-whole = start()
-whole_state, whole_step = adam.init(whole), adamjax.train_step(loss_fn, adam, tables="embedding")
+whole_params = initial_params()
+whole_state = adam.init(whole_params)
+whole_step = adamjax.train_step(loss_fn, adam, tables="embedding")
 for i in range(STEPS):
-    whole, whole_state, _ = whole_step(whole, whole_state, *batch(i))
+    whole_params, whole_state, _ = whole_step(whole_params, whole_state, *batch(i))
 
-difference = max(jnp.abs(params[name] - whole[name]).max() for name in params)
+difference = max(jnp.abs(params[name] - whole_params[name]).max() for name in params)
 print(f"{STEPS * MICRO_BATCHES} calls, {adamjax.step_count(state)} steps")
 print(f"the largest difference to steps of whole batches: {difference:.0e}")

@@ -22,14 +22,14 @@ import adamjax
 
 STEPS = 50
 mesh = jax.sharding.Mesh(jax.devices(), "data")
-everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
 
 def loss_fn(params, x, y):
     return jnp.mean((jnp.tanh(x @ params["hidden"]) @ params["out"] - y) ** 2)
 
 
-def start():
+def initial_params():
     keys = jax.random.split(jax.random.key(0), 2)
     return {"hidden": jax.random.normal(keys[0], (16, 64)) / 4, "out": jnp.zeros(64)}
 
@@ -50,16 +50,16 @@ def step(params, state, x, y):
     return adamjax.apply_updates(params, updates), state, loss
 
 
-params = jax.device_put(start(), everywhere)
+params = jax.device_put(initial_params(), replicated)
 state = jax.jit(tx.init)(params)
 for i in range(STEPS):
     params, state, loss = step(params, state, *jax.device_put(batch(i), split))
 
-alone = start()
-alone_state, alone_step = optimizer.init(alone), adamjax.train_step(loss_fn, optimizer)
+single_params = initial_params()
+single_state, single_step = optimizer.init(single_params), adamjax.train_step(loss_fn, optimizer)
 for i in range(STEPS):
-    alone, alone_state, alone_loss = alone_step(alone, alone_state, *batch(i))
+    single_params, single_state, single_loss = single_step(single_params, single_state, *batch(i))
 
 m = adamjax.get_slot(state, "m")["hidden"]
 print(f"{jax.device_count()} devices; each holds {m.addressable_shards[0].data.size} of {m.size}")
-print(f"loss {loss:.4f}, on one device {alone_loss:.4f}")
+print(f"loss {loss:.4f}, on one device {single_loss:.4f}")

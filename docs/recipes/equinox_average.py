@@ -1,7 +1,8 @@
 """Equinox: clip, AdamW with a cosine rate, and an average of the weights for evaluation.
 
-An Equinox model holds functions beside its arrays. So the arrays are the parameters, and the loss
-puts the model together again. `mask` matches the leaves that decay, those called `weight`.
+An Equinox model contains functions as well as arrays. So only the arrays are the parameters, and
+the loss combines them with the rest of the model. `mask` selects the leaves that decay: those
+called `weight`.
 
 Needs equinox. Run it with `python docs/recipes/equinox_average.py`.
 """

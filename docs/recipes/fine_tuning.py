@@ -4,7 +4,7 @@ The base is frozen: the loss gets it as another argument, so it has no gradients
 adapters are float32. The scale of the normalization is bfloat16, with a float32 copy in the state.
 From the outside in, the optimizer has: `with_hyperparams`, which lets us set a factor by hand; four
 micro-batches a step; no step if gradients are not finite; float32 weights; and a chain of clip,
-AdamW, `scale` (the factor, which multiplies every rate) and an average of the weights.
+AdamW, `scale` (its factor multiplies every rate) and an average of the weights.
 
 Run it with `python docs/recipes/fine_tuning.py`.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 import adamjax
 
-WIDTH, RANK, STEPS, MICRO = 32, 4, 60, 4
+WIDTH, RANK, STEPS, MICRO_BATCHES = 32, 4, 60, 4
 keys = jax.random.split(jax.random.key(0), 4)
 base = jax.random.normal(keys[0], (2, WIDTH, WIDTH), jnp.bfloat16) / WIDTH**0.5
 goal = base + jax.random.normal(keys[1], (2, WIDTH, 1)) * jax.random.normal(keys[2], (WIDTH,)) / 20
@@ -48,14 +48,14 @@ chain = adamjax.chain(
     adamjax.scale(1.0),
     adamjax.weight_ema(0.9),
 )
-steps = adamjax.skip_not_finite(adamjax.master_weights(chain))
-tx = adamjax.with_hyperparams(adamjax.accumulate_gradients(steps, MICRO), factor=1.0)
+guarded = adamjax.skip_not_finite(adamjax.master_weights(chain))
+tx = adamjax.with_hyperparams(adamjax.accumulate_gradients(guarded, MICRO_BATCHES), factor=1.0)
 state, step = tx.init(params), adamjax.train_step(loss_fn, tx)
 losses = []
-for i in range(STEPS * MICRO):
+for i in range(STEPS * MICRO_BATCHES):
     x = jax.random.normal(jax.random.fold_in(keys[3], i), (16, WIDTH))
     x = x.at[0, 0].set(jnp.nan) if i == 50 else x
-    if i == STEPS * MICRO // 2:
+    if i == STEPS * MICRO_BATCHES // 2:
         state = adamjax.set_hyperparams(state, factor=0.5)  # half of every rate from here on
     params, state, loss = step(params, state, base, x)
     losses.append(loss)

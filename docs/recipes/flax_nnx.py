@@ -1,7 +1,7 @@
 """Flax NNX: train a model with a table, evaluate it, save it and resume, and log the rate.
 
-`exact_rows` gives Adam's dense result at the cost of the rows that a batch reads. Evaluation and
-checkpoints take the parameters and the state as they are; a resumed run has the same weights.
+`exact_rows` computes Adam's dense result at the cost of the rows that a batch reads. Evaluation and
+checkpoints need no `flush` before. A resumed run has the same weights.
 
 Needs flax and orbax-checkpoint. Run it with `python docs/recipes/flax_nnx.py`.
 """

@@ -3,8 +3,8 @@
 The optimizer is written again with adamjax, and `convert.from_optax` fills its state from optax's.
 optax's state contains few hyperparameters, so pass the optax optimizer too. `from_optax` lets both
 optimizers take some steps on random gradients, and refuses yours if it moves weights differently.
-Here half of a run is taken with optax and the other half with adamjax, beside a run that stays with
-optax.
+Here one run takes half of its steps with optax and the other half with adamjax. It is compared with
+a run that stays with optax.
 
 Needs optax. Run it with `python docs/recipes/from_optax.py`.
 """
@@ -34,20 +34,20 @@ def train(step, params, state, keys):
 
 keys = jax.random.split(jax.random.key(0), 200)
 params = {"hidden": jax.random.normal(keys[0], (4, 16)) / 2, "out": jnp.zeros(16)}
-# Nothing is donated: both runs below go on from the same arrays.
+# Nothing is donated, because both runs below continue from the same arrays.
 step_before = adamjax.train_step(loss_fn, before, donate_argnums=())
 step_after = adamjax.train_step(loss_fn, after, donate_argnums=())
 
 params, state = train(step_before, params, before.init(params), keys[:100])
 stayed, _ = train(step_before, params, state, keys[100:])
 
-# This compares steps of both optimizers. With a table of 5 million rows it takes ten seconds.
+# This compares steps of both optimizers. With a table of 5 million rows, that takes ten seconds.
 converted = adamjax.convert.from_optax(state, after, params, optimizer=before)
 moved, converted = train(step_after, params, converted, keys[100:])
 
-apart = max(jnp.abs(a - b).max() for a, b in zip(moved.values(), stayed.values(), strict=True))
+difference = max(jnp.abs(a - b).max() for a, b in zip(moved.values(), stayed.values(), strict=True))
 print(f"steps taken: {adamjax.step_count(converted)}")
-print(f"the largest difference of a weight after 100 more steps: {apart:.0e}")
+print(f"the largest difference of a weight after 100 more steps: {difference:.0e}")
 
 try:
     wrong = adamjax.adamw(1e-2, weight_decay=1e-3)

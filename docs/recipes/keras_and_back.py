@@ -33,7 +33,7 @@ def compiled_model():
 
 
 def weights(model):
-    # In a list, the order says which variable is which. Both sides donate their arrays: copy them.
+    # A list in Keras' order. The arrays are copied, because both libraries donate theirs.
     return [jnp.array(np.array(v.value)) for v in model.trainable_variables]
 
 
@@ -57,14 +57,14 @@ for x, y in batches[10:20]:
     params, state, _ = step(params, state, x, y)
 
 # Back into a new model and a new optimizer with the same settings.
-other, new = compiled_model()
-values = [*params, *adamjax.convert.to_keras(state, tx, params, new)]
-for variable, value in zip([*other.trainable_variables, *new.variables], values, strict=True):
-    variable.assign(np.array(value))
+new_model, new_optimizer = compiled_model()
+values = [*params, *adamjax.convert.to_keras(state, tx, params, new_optimizer)]
+for v, x in zip([*new_model.trainable_variables, *new_optimizer.variables], values, strict=True):
+    v.assign(np.array(x))
 
 for x, y in batches[10:]:
     model.train_on_batch(x, y)  # takes all its steps in Keras
 for x, y in batches[20:]:
-    other.train_on_batch(x, y)
-pairs = zip(weights(model), weights(other), strict=True)
+    new_model.train_on_batch(x, y)
+pairs = zip(weights(model), weights(new_model), strict=True)
 print(f"the largest difference of a weight: {max(jnp.abs(a - b).max() for a, b in pairs):.0e}")

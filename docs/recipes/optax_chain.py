@@ -1,7 +1,7 @@
 """optax: a rule of adamjax inside a chain, with a schedule and a wrapper of optax.
 
 A transform of adamjax is a pair of `init` and `update`, like one of optax, so a chain of either
-library takes transforms of both. `train_step` takes the result, and so does any loop that was
+library accepts transforms of both. `train_step` accepts the result, and so does any loop that was
 written for optax.
 
 Needs optax. Run it with `python docs/recipes/optax_chain.py`.

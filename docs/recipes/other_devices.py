@@ -1,7 +1,7 @@
 """Resume on other devices: save a run with a table on eight devices, and go on with two.
 
 The table and its moments are split by rows over the mesh. Orbax restores each array with the
-sharding that the target gives it. Without `XLA_FLAGS`, the program makes eight CPU devices.
+sharding in `target`. Without `XLA_FLAGS`, the program makes eight CPU devices.
 
 Needs orbax-checkpoint. Run it with `python docs/recipes/other_devices.py`.
 """
@@ -24,7 +24,7 @@ import adamjax
 SPLIT = {"users": P("data"), "out": P()}  # P("data", None) would compile the second step again
 
 
-def start():
+def initial_params():
     return {"users": jax.random.normal(jax.random.key(0), (8_000, 16)), "out": jnp.ones(16) / 16}
 
 
@@ -47,7 +47,7 @@ def train(mesh, params, state, steps):
 
 def target(mesh):
     """The shapes of a run, with shardings on a mesh."""
-    params = jax.eval_shape(start)
+    params = jax.eval_shape(initial_params)
     shardings = {name: NamedSharding(mesh, spec) for name, spec in SPLIT.items()}
     run = params, jax.eval_shape(tx.init, params)
     shardings = shardings, adamjax.state_shardings(tx, params, mesh)
@@ -57,14 +57,14 @@ def target(mesh):
 
 
 eight, two = (jax.sharding.Mesh(jax.devices()[:n], "data") for n in (8, 2))
-params = jax.device_put(start(), jax.tree.map(lambda x: x.sharding, target(eight)[0]))
+params = jax.device_put(initial_params(), jax.tree.map(lambda x: x.sharding, target(eight)[0]))
 run = train(eight, params, jax.jit(tx.init)(params), range(30))
 with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(Path(folder) / "run", run)
     checkpointer.wait_until_finished()
     restored = checkpointer.restore(Path(folder) / "run", target(two))
-
-one, other = (tx.flush(*train(m, *r, range(30, 60)))[0] for m, r in ((eight, run), (two, restored)))
-print("devices of the table:", *(len(x["users"].sharding.device_set) for x in (one, other)))
-apart = max(abs(jax.device_get(one[name]) - jax.device_get(other[name])).max() for name in one)
-print(f"the largest difference of a weight: {apart:.0e}")
+on_eight, _ = tx.flush(*train(eight, *run, range(30, 60)))
+on_two, _ = tx.flush(*train(two, *restored, range(30, 60)))
+print("devices of the table:", *(len(x["users"].sharding.device_set) for x in (on_eight, on_two)))
+differences = jax.tree.map(lambda a, b: abs(a - b).max(), *jax.device_get((on_eight, on_two)))
+print(f"the largest difference of a weight: {max(differences.values()):.0e}")

@@ -18,7 +18,7 @@ rng = np.random.default_rng(0)
 batches = [rng.normal(size=(2, 32, 8)).astype(np.float32) for _ in range(STEPS)]
 
 
-def new_run():
+def start():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
@@ -42,8 +42,8 @@ def loss_fn(params, x, y):
     return jnp.mean((jnp.tanh(x @ kernel_1 + bias_1) @ kernel_2 + bias_2 - y) ** 2)
 
 
-run = model, optimizer, _ = new_run()
-train(*run, batches[:10])
+old_run = model, optimizer, _ = start()
+train(*old_run, batches[:10])
 
 params = [jnp.array(np.array(p.detach()).T) for p in model.parameters()]
 rate = adamjax.cosine_decay(RATE, STEPS, alpha=LAST_RATE / RATE)
@@ -54,7 +54,7 @@ for x, y in batches[10:20]:
     params, state, loss = step(params, state, x, y)
 
 # Back into a new run. First move its scheduler to the same step: that sets torch's rate.
-other = new_model, new_optimizer, new_scheduler = new_run()
+new_run = new_model, new_optimizer, new_scheduler = start()
 for _ in range(20):
     new_scheduler.step()
 target = new_optimizer.state_dict()
@@ -64,7 +64,7 @@ new_optimizer.load_state_dict(tensors)
 for p, x in zip(new_model.parameters(), params, strict=True):
     p.data = torch.tensor(np.array(x.T))
 
-train(*run, batches[10:])  # all in torch
-train(*other, batches[20:])
+train(*old_run, batches[10:])  # all in torch
+train(*new_run, batches[20:])
 pairs = zip(model.parameters(), new_model.parameters(), strict=True)
 print(f"the largest difference of a weight: {max((a - b).abs().max() for a, b in pairs):.0e}")

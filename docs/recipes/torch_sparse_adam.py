@@ -1,8 +1,8 @@
-"""torch: what to write in place of `Embedding(sparse=True)` with `SparseAdam`.
+"""torch: the adamjax form of `Embedding(sparse=True)` with `SparseAdam`.
 
 torch's SparseAdam moves only the rows that a batch read, and leaves the moments of all others as
-they are. `adam(rows="lazy")` does the same. `tables=` names the leaves with row gradients, so the
-step costs what the rows cost. Here both libraries take the same steps.
+they are. `adam(rows="lazy")` does the same. `tables=` names the leaves with row gradients, so a
+step costs only the work on the rows. Here both libraries take the same steps.
 
 Needs torch. Run it with `python docs/recipes/torch_sparse_adam.py`.
 """
@@ -41,9 +41,9 @@ state, step = tx.init(params), adamjax.train_step(loss_fn, tx, tables="embedding
 for ids in batches:
     params, state, loss = step(params, state, jnp.asarray(ids))
 
-apart = np.abs(np.asarray(params["embedding"]) - embedding.weight.detach().numpy()).max()
-print(f"the largest difference of a weight after {STEPS} steps: {apart:.0e}")
+difference = np.abs(np.asarray(params["embedding"]) - embedding.weight.detach().numpy()).max()
+print(f"the largest difference of a weight after {STEPS} steps: {difference:.0e}")
 
-# Dense Adam moves rows on by their momentum when they are not read. `exact_rows` does that too, and
-# its cost also follows the rows that are read. It needs no `tables=`:
+# Dense Adam also moves rows that are not read, by their momentum. `exact_rows` does that too, and
+# its cost also depends only on the rows that are read. It needs no `tables=`:
 # `adamjax.exact_rows(adamjax.adam(0.01), "embedding")`.
