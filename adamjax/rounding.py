@@ -130,7 +130,7 @@ def _random_bits(
 ) -> chex.Array:
     """A random uint32 below 2**16 for each element; see `write_slot`."""
     # Two slots share a hash of 32 bits: each takes 16 of them.
-    key = key + np.uint32(slot_number // 2 * 0x85EBCA6B)
+    key = key + np.uint32(slot_number // 2 * 0x85EBCA6B % 2**32)
     random = _mix(_positions(x.shape, rows) ^ key) >> np.uint32(16 * (slot_number % 2))
     return random & np.uint32(0xFFFF)
 
