@@ -94,8 +94,8 @@ def row_major(table: Any) -> Any:
     """
     order = tuple(range(jnp.ndim(table)))
     if isinstance(table, jax.core.Tracer):
-        # A layout constraint must not reach a result of `jit`: JAX 0.10 misreads an array that is
-        # uncommitted and not in the default layout.
+        # With a layout constraint here, a result of `jit` could be an uncommitted array that is not
+        # in the default layout. JAX 0.10 misreads such an array.
         return table
     if isinstance(table, jax.ShapeDtypeStruct):
         sharding = table.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -209,7 +209,7 @@ class Packing(NamedTuple):
         return lines.reshape(-1, self.width)[:num_rows]
 
     def line(self, indices: chex.Array) -> chex.Array:
-        """The number of the line that has each row.
+        """For each row, the number of its line.
 
         An index just past the end of the table may be on the last line, where it reads the zeros
         that fill up this line. Indices are integers of any dtype and width, as for `row_gradient`.
@@ -224,10 +224,10 @@ class Packing(NamedTuple):
         """
         place = self._split(indices)[1][..., None]
         self._expect_lines(lines, place.shape[:-1])
-        places = [lines[..., i * self.width : (i + 1) * self.width] for i in range(self.per_line)]
-        rows = places[0]
-        for i, rows_at_place in enumerate(places[1:], 1):
-            rows = jnp.where(place == i, rows_at_place, rows)
+        rows = lines[..., : self.width]
+        for i in range(1, self.per_line):
+            rows_at_i = lines[..., i * self.width : (i + 1) * self.width]
+            rows = jnp.where(place == i, rows_at_i, rows)
         return rows
 
     def _expect_lines(self, lines: chex.Array, shape: tuple[int, ...]) -> None:

@@ -1,8 +1,8 @@
 """Finds where a traced loss reads rows of its tables.
 
 A `Planner` turns a jaxpr into a `Plan` without computing anything. It follows each table through
-casts, reshapes, `jit`, `remat`, loops and branches to the sites where its rows are read, and makes
-a `TableEquation` of each equation that takes a table.
+casts, reshapes, `jit`, `remat`, `scan`, `cond` and `shard_map` to the sites where its rows are
+read, and makes a `TableEquation` of each equation that takes a table.
 """
 
 import itertools
@@ -36,12 +36,12 @@ __all__ = ["Planner"]
 # --- equations that read rows ---------------------------------------------------------------------
 
 
-# A slice of a larger part of a table does not count as a read of rows.
-_LARGEST_SLICE = 0.5
+# A slice is a read of rows if it has at most this fraction of the table's rows, or only one row.
+_LARGEST_FRACTION = 0.5
 
 
 def _is_small_slice(run_length: int, num_rows: int) -> bool:
-    return run_length <= max(1, _LARGEST_SLICE * num_rows)
+    return run_length <= max(1, _LARGEST_FRACTION * num_rows)
 
 
 def _window(eqn: JaxprEqn, view: View) -> Window | None:
@@ -66,6 +66,7 @@ def _gather_window(eqn: JaxprEqn, view: View) -> Window | None:
         or mode not in (modes.CLIP, modes.FILL_OR_DROP, modes.PROMISE_IN_BOUNDS)
         or sizes != trailing
         or numbers.operand_batching_dims
+        # All components of an index vector decide whether a run is filled; a `Window` has only one.
         or (fills and len(start_dims) > 1)
     ):
         return None
@@ -80,7 +81,8 @@ def _gather_window(eqn: JaxprEqn, view: View) -> Window | None:
         dropped=tuple(d for d in collapsed if d > 0),
         offset_axes=numbers.offset_dims,
         fill=fill,
-        # In this mode, JAX moves a run into the table but gives it no gradient (undocumented).
+        # With PROMISE_IN_BOUNDS, JAX moves a run outside the table into it, but drops the gradient
+        # of this run (undocumented).
         moved_are_live=mode != modes.PROMISE_IN_BOUNDS,
     )
 
@@ -121,28 +123,34 @@ def _is_float(v: Any) -> bool:
     return jnp.issubdtype(getattr(v.aval, "dtype", jax.dtypes.float0), jnp.inexact)
 
 
-def _live(jaxpr: Jaxpr, live_outs: Sequence[bool]) -> set[Any]:
-    """The variables through which the live results are differentiated."""
+def _live_variables(jaxpr: Jaxpr, live_outs: Sequence[bool]) -> set[Any]:
+    """The variables through which the loss is differentiated.
+
+    Args:
+      live_outs: whether the loss is differentiated through each result.
+    """
     pairs = zip(jaxpr.outvars, live_outs, strict=True)
     live = {v for v, is_live in pairs if is_live and isinstance(v, Var)}
     for eqn in reversed(jaxpr.eqns):
-        # An effect may carry its inputs to a result in another way.
+        # An effect, such as a write to a mutable array, may carry its inputs to another equation.
         is_used = not live.isdisjoint(eqn.outvars) or _has_effect(eqn)
         if is_used and eqn.primitive.name != "stop_gradient":
             live.update(v for v in variables_of(eqn.invars) if _is_float(v))
     return live
 
 
-def _tainted(jaxpr: Jaxpr, tainted_ins: Sequence[bool]) -> set[Any]:
-    """The variables that depend on the tainted inputs, or on an effect.
+def _dependent_variables(jaxpr: Jaxpr, dependent_ins: Sequence[bool]) -> set[Any]:
+    """The variables that depend on some of the inputs, or on an effect.
 
-    These can only be computed when the loss runs. All others are independent.
+    Args:
+      dependent_ins: whether each input depends on the differentiated inputs of the loss.
     """
-    tainted = {v for v, is_tainted in zip(jaxpr.invars, tainted_ins, strict=True) if is_tainted}
+    pairs = zip(jaxpr.invars, dependent_ins, strict=True)
+    dependent = {v for v, is_dependent in pairs if is_dependent}
     for eqn in jaxpr.eqns:
-        if eqn.effects or not tainted.isdisjoint(variables_of(eqn.invars)):
-            tainted.update(eqn.outvars)
-    return tainted
+        if eqn.effects or not dependent.isdisjoint(variables_of(eqn.invars)):
+            dependent.update(eqn.outvars)
+    return dependent
 
 
 def _scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
@@ -165,9 +173,10 @@ class Planner:
     """Makes plans, and records the tables that it cannot follow.
 
     Attributes:
-      exact: whether every use of a table but a read of rows is refused, even one through which the
-        loss is not differentiated.
-      refused: by table, the equation that uses it in another way; `None` if the loss returns it.
+      exact: whether to refuse every use of a table that is not a read of rows, even a use through
+        which the loss is not differentiated.
+      refused: by table, the first equation whose use of the table is refused; `None` if the loss
+        returns the table.
     """
 
     def __init__(self, exact: bool) -> None:
@@ -177,6 +186,7 @@ class Planner:
     def refuse(
         self, views: Iterable[Any], eqn: JaxprEqn | None, jaxpr: Jaxpr | None = None
     ) -> None:
+        """Records that an equation uses the tables of these views in a way that is refused."""
         if eqn is not None and jaxpr is not None and eqn.primitive.name == "transpose":
             # The error should name what the transposed table is used for.
             users = (e for e in jaxpr.eqns if eqn.outvars[0] in variables_of(e.invars))
@@ -189,36 +199,37 @@ class Planner:
         self,
         closed: ClosedJaxpr,
         views: Sequence[View | None],
-        tainted_ins: Sequence[bool],
+        dependent_ins: Sequence[bool],
         live_outs: Sequence[bool],
     ) -> Plan:
         """The plan of a jaxpr.
 
         Args:
           views: for each input that is a table, its view; `None` for the others.
-          tainted_ins: whether each input depends on the differentiated inputs of the loss.
+          dependent_ins: whether each input depends on the differentiated inputs of the loss.
           live_outs: whether the loss is differentiated through each result.
         """
         jaxpr = closed.jaxpr
         view_of = {v: view for v, view in zip(jaxpr.invars, views, strict=True) if view is not None}
-        live, tainted = _live(jaxpr, live_outs), _tainted(jaxpr, tainted_ins)
+        live = _live_variables(jaxpr, live_outs)
+        dependent = _dependent_variables(jaxpr, dependent_ins)
         equations: list[Any] = []
         for eqn in jaxpr.eqns:
             in_views = [view_of.get(x) if isinstance(x, Var) else None for x in eqn.invars]
             if not any(view is not None for view in in_views):
                 equations.append(eqn)
                 continue
-            out_view = self._followed(eqn, in_views)
+            out_view = self._result_view(eqn, in_views)
             if out_view is not None:
                 view_of[eqn.outvars[0]] = out_view
                 continue
-            table_eqn, out_views = self._table_equation(jaxpr, eqn, in_views, tainted, live)
+            table_eqn, out_views = self._table_equation(jaxpr, eqn, in_views, dependent, live)
             view_of.update(out_views)
             equations.append(table_eqn)
         outs = [view_of.get(x, x) if isinstance(x, Var) else x for x in jaxpr.outvars]
         return Plan(closed, [v for v in jaxpr.invars if v not in view_of], equations, outs)
 
-    def _followed(self, eqn: JaxprEqn, views: Sequence[View | None]) -> View | None:
+    def _result_view(self, eqn: JaxprEqn, views: Sequence[View | None]) -> View | None:
         """The view that an equation makes of a table; `None` if it does not keep the rows."""
         view, primitive, params = views[0], eqn.primitive.name, eqn.params
         if view is None or len(eqn.outvars) != 1:
@@ -252,21 +263,21 @@ class Planner:
         jaxpr: Jaxpr,
         eqn: JaxprEqn,
         views: Sequence[View | None],
-        tainted: set[Any],
+        dependent: set[Any],
         live: set[Any],
     ) -> tuple[Any, dict[Var, View]]:
         """The `TableEquation` of an equation that takes tables, and the views among its results."""
         primitive, params = eqn.primitive.name, eqn.params
-        is_tainted = [isinstance(x, Var) and x in tainted for x in eqn.invars]
+        is_dependent = [isinstance(x, Var) and x in dependent for x in eqn.invars]
         is_live = [v in live for v in eqn.outvars]
         ins = not_tables(eqn, views)
         if views[0] is not None and not any(views[1:]):
             window = _window(eqn, views[0])
             if window is not None:
-                return Read(eqn, views[0], window, any(is_live), not any(is_tainted[1:])), {}
+                return Read(eqn, views[0], window, any(is_live), not any(is_dependent[1:])), {}
         if primitive in ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"):
             closed = _closed(params["jaxpr" if "jaxpr" in params else "call_jaxpr"])
-            plan = self.plan(closed, views, is_tainted, is_live)
+            plan = self.plan(closed, views, is_dependent, is_live)
             outs, out_views = _split(eqn.outvars, plan.outs)
             make = Remat if primitive in ("remat2", "checkpoint") else Inlined
             return make(eqn, plan, ins, outs), out_views
@@ -275,14 +286,14 @@ class Planner:
         if primitive == "shard_map" and "newly_manual_axes" in params:
             pairs = zip(views, params["in_specs"], strict=True)
             if not any(view is not None and any(spec) for view, spec in pairs):
-                plan = self.plan(_closed(params["jaxpr"]), views, is_tainted, is_live)
+                plan = self.plan(_closed(params["jaxpr"]), views, is_dependent, is_live)
                 self.refuse((x for x in plan.outs if isinstance(x, View)), eqn)
                 return ShardMap(eqn, plan, views, eqn.outvars), {}
         if primitive == "scan":
-            return self._scan(eqn, views, is_tainted, is_live)
+            return self._scan(eqn, views, is_dependent, is_live)
         if primitive == "cond" and views[0] is None:
             plans = [
-                self.plan(_closed(branch), views[1:], is_tainted[1:], is_live)
+                self.plan(_closed(branch), views[1:], is_dependent[1:], is_live)
                 for branch in params["branches"]
             ]
             # A table that only some branches return cannot be followed.
@@ -291,7 +302,7 @@ class Planner:
                 if returned and results != (returned[0],) * len(plans):
                     self.refuse(returned, eqn)
             outs, out_views = _split(eqn.outvars, plans[0].outs)
-            return Cond(eqn, plans, ins, outs, not is_tainted[0]), out_views
+            return Cond(eqn, plans, ins, outs, not is_dependent[0]), out_views
         if self.exact or _has_effect(eqn) or any(is_live):
             used = (view for view in views if view is not None and (self.exact or view.live))
             self.refuse(used, eqn, jaxpr)
@@ -301,37 +312,37 @@ class Planner:
         self,
         eqn: JaxprEqn,
         views: Sequence[View | None],
-        is_tainted: list[bool],
+        is_dependent: list[bool],
         is_live: list[bool],
     ) -> tuple[Any, dict[Var, View]]:
         """The `Scan` of an equation that takes tables, and the views among its results."""
         closed, (num_consts, num_carried) = eqn.params["jaxpr"], _scan_sizes(eqn)
         carried = slice(num_consts, num_consts + num_carried)
-        # Each iteration would get its own slice of such a table.
+        # These inputs are sliced along their rows: each iteration would get one row of a table.
         self.refuse(views[carried.stop :], eqn)
         # A carried value may reach any result through a later iteration.
         is_live[:num_carried] = [any(is_live)] * num_carried
-        # A carried value that is tainted after some iteration is tainted in the next one.
+        # If a carried value is dependent after an iteration, it is dependent in the next one.
         carried_outs = closed.jaxpr.outvars[:num_carried]
         while True:
-            tainted = _tainted(closed.jaxpr, is_tainted)
+            dependent = _dependent_variables(closed.jaxpr, is_dependent)
             after = [
-                old or (isinstance(new, Var) and new in tainted)
-                for old, new in zip(is_tainted[carried], carried_outs, strict=True)
+                old or (isinstance(new, Var) and new in dependent)
+                for old, new in zip(is_dependent[carried], carried_outs, strict=True)
             ]
-            if after == is_tainted[carried]:
+            if after == is_dependent[carried]:
                 break
-            is_tainted[carried] = after
-        plan = self.plan(closed, views, is_tainted, is_live)
+            is_dependent[carried] = after
+        plan = self.plan(closed, views, is_dependent, is_live)
         # A carried table must stay the same in each iteration. A stacked result cannot be a table.
         for before, x in itertools.zip_longest(views[carried], plan.outs):
             if (before is not None or isinstance(x, View)) and before != x:
                 self.refuse([before, x if isinstance(x, View) else None], eqn)
         outs, out_views = _split(eqn.outvars, plan.outs)
         # The `ins` of a `Scan` do not include tables, so these are not counted.
-        is_in = [view is None for view in views]
-        ins, consts_in, carried_in = not_tables(eqn, views), is_in[:num_consts], is_in[carried]
-        return Scan(eqn, plan, ins, outs, sum(consts_in), sum(carried_in)), out_views
+        num_consts_in, num_carried_in = views[:num_consts].count(None), views[carried].count(None)
+        ins = not_tables(eqn, views)
+        return Scan(eqn, plan, ins, outs, num_consts_in, num_carried_in), out_views
 
 
 def _split(variables: Sequence[Var], values: Sequence[Any]) -> tuple[list[Var], dict[Var, View]]:

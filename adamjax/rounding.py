@@ -7,9 +7,9 @@ expected value exact, so the average moves on (Croci et al., Stochastic rounding
 error analysis and applications, 2022, section 1: equation 1.1). Moments in 8 bits (`encoding.py`)
 are rounded with the same random bits.
 
-The random bits are a hash of the step, the leaf and the element's position in the leaf. So no key
-is passed, no state is added, and the result does not depend on how arrays are split over devices or
-how many rows are computed at a time.
+The random bits are a hash of the step, the leaf, the slot and the element's position in the leaf.
+So no random key is passed, no state is added, and the result does not depend on how arrays are
+split over devices or how many rows are computed at a time.
 """
 
 from collections.abc import Sequence
@@ -114,21 +114,23 @@ def write_slot(
         if exponents is None:
             (exponents,) = block_exponents([x], [like])
         if key is None:
-            # With the middle of the random numbers, `encode` rounds to the nearest.
+            # With 2**15 as the random number, `encode` rounds to the nearest.
             random = jnp.full(x.shape, 1 << 15, jnp.uint32)
         else:
-            random = _bits(x, key, slot_number, rows)
+            random = _random_bits(x, key, slot_number, rows)
         return encode(x, like.codes.dtype, exponents, random)
     # A cast rounds to the nearest, if it rounds at all. `_round` takes no complex values.
     if key is None or not is_narrow(dtype) or x.dtype == dtype or jnp.iscomplexobj(x):
         return x.astype(dtype)
-    return _round(x.astype(jnp.float32), _bits(x, key, slot_number, rows)).astype(dtype)
+    return _round(x.astype(jnp.float32), _random_bits(x, key, slot_number, rows)).astype(dtype)
 
 
-def _bits(x: chex.Array, key: chex.Array, slot_number: int, rows: chex.Array | None) -> chex.Array:
+def _random_bits(
+    x: chex.Array, key: chex.Array, slot_number: int, rows: chex.Array | None
+) -> chex.Array:
     """A random uint32 below 2**16 for each element; see `write_slot`."""
-    # A hash of 32 bits has the random bits of two slots.
-    key = key + np.uint32(slot_number // 2 * 0x85EBCA6B)
+    # Two slots share a hash of 32 bits: each takes 16 of them.
+    key = key + np.uint32(slot_number // 2 * 0x85EBCA6B % 2**32)
     random = _mix(_positions(x.shape, rows) ^ key) >> np.uint32(16 * (slot_number % 2))
     return random & np.uint32(0xFFFF)
 

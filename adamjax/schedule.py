@@ -5,10 +5,9 @@ in float32 (float64 under x64). The formulas and the argument names are those of
 `keras.optimizers.schedules`. Any other callable of the count can be a rate too, such as optax's
 schedules. Some values can be checked only in a step: values of callables, and arrays that are
 traced or set later. There a value below 0 makes the rate NaN, and so do boundaries that do not
-increase.
-(Rounding may leave the last value of a rate that ends at 0 just below 0. So a callable's value
-between -1e-6 and 0 counts as 0.) A count below 0 makes NaN too, as in
-`lambda count: schedule(count - 10)`: clip it at 0.
+increase. (Rounding may leave the last value of a rate that ends at 0 just below 0. So a callable's
+value between -1e-6 and 0 counts as 0.) A count below 0 makes the rate NaN too. For example, in
+`lambda count: schedule(count - 10)`, clip the difference at 0.
 """
 
 import copy
@@ -106,8 +105,10 @@ class _Compiled(Schedule):
     differ. As in a step, Python numbers are constants and arrays are arguments.
 
     An array that is traced or set later is not checked. A negative, infinite or NaN value, except
-    of a boundary, makes the rate NaN (for a base or an exponent, only after count 0). Where a field
-    must be above 0, the number 0 acts as the limit of ever smaller numbers; an integer 0 acts as 1.
+    of a boundary, makes the rate NaN. (The `decay_rate` of `exponential_decay` does so only where
+    the exponent is not 0, the `power` of `polynomial_decay` only after count 0.) In a field that
+    must be above 0, a float 0 acts as the limit of ever smaller numbers. As `decay_steps` an
+    integer 0 acts as 1; as the `steps` of `warmup` it means that there is no line.
     """
 
     # The ranges of the fields that are numbers.
@@ -145,7 +146,7 @@ class _Compiled(Schedule):
             elif not is_array(value):
                 checked_in_range(value, allowed)
         value = checked.at(count)
-        # Below count 0 the formulas are wrong: a cosine would end at count 0, and start again.
+        # Below count 0 the formulas are wrong: a cosine would decay until count 0, and then again.
         return jnp.where(count >= 0, value, jnp.nan) if self._follows_count else value
 
     def at(self, count: chex.Array) -> chex.Array:
@@ -172,9 +173,12 @@ def _compiled_call(treedef: Any, constants: Any, arrays: Any, count: chex.Array)
 
 
 def _count_array(count: chex.Numeric) -> chex.Array:
-    """A count as a signed array of 32 bits or more, or an error if JAX would cut it to 32 bits.
+    """A count as an array of floats, or of signed integers of 32 bits or more.
 
     Numbers of an unsigned array that exceed the largest signed integer become that integer.
+
+    Raises:
+      ValueError: the count is no number, or JAX would cut off its upper bits.
     """
     if not isinstance(count, jax.Array):
         x = np.asarray(count)
@@ -246,12 +250,13 @@ class _Units(NamedTuple):
 
 
 def _units(count: chex.Array, steps: Number) -> _Units:
-    """Measures a count in units of `steps`, exactly for whole steps that a float cannot represent.
+    """Measures a count in units of `steps`.
 
     A division of floats is not enough: compiled code multiplies by a rounded reciprocal, so the
-    quotient may be just below a whole number although the count is a multiple. An array of steps,
-    which may be traced, is not checked: 0 counts as the smallest positive number of its dtype, and
-    a number below 0 makes the result NaN.
+    quotient may be just below a whole number although the count is a multiple. And a float cannot
+    represent every integer. So integers are divided as integers, and the quotient of floats is
+    corrected. An array of steps, which may be traced, is not checked: an integer 0 counts as 1, a
+    float 0 as the smallest normal float, and a number below 0 makes the result NaN.
     """
     if not is_array(steps):
         if steps == math.floor(steps) and jnp.issubdtype(count.dtype, jnp.integer):
@@ -273,7 +278,7 @@ def _common_integer(count: Any, steps: Any) -> Any:
     if not all(jnp.issubdtype(x, jnp.integer) for x in (count, steps)):
         return None
     common = jax.dtypes.canonicalize_dtype(promoted_dtype(steps, count))
-    if not jnp.issubdtype(common, jnp.integer):  # of uint64 and signed integers
+    if not jnp.issubdtype(common, jnp.integer):  # JAX promotes uint64 and int64 to a float
         return None
     return common if jnp.iinfo(common).max >= jnp.iinfo(steps).max else None
 
@@ -302,9 +307,10 @@ def _units_of_floats(count: chex.Array, steps: chex.Array) -> _Units:
     return _Units(whole, fraction, 1 - fraction)
 
 
-# A number of whole units is split at the power of two `_SPLIT`, so that the parts have few bits. It
-# is at most `_MOST_WHOLE`: with that many units, the power of any base but 1 is already zero or
-# infinite. In float32, 2**252 is infinite and 2**-252 is 0.
+# `_power` splits the number of whole units into a multiple of `_SPLIT` and the rest, which have few
+# bits each. It clips this number at `_MOST_WHOLE`, where the power of any base but 1 is already
+# zero or infinite. It clips the exponent at `_MOST_EXPONENT`: in float32, 2**252 is infinite and
+# 2**-252 is 0.
 _SPLIT, _MOST_WHOLE, _MOST_EXPONENT = 4096.0, 2.0**100, 252
 
 
@@ -569,7 +575,7 @@ class polynomial_decay(_Compiled):
             left = jnp.where(units.whole >= 1, 0, units.left)
         share = left**self.power
         if is_array(self.power):
-            # A traced power may be 0, and 0**0 is 1. At the end `share` must be 0, or still NaN.
+            # A traced power may be 0, and 0**0 is 1. At the end `share` must be 0, or NaN if it is.
             share = jnp.where(left > 0, share, 0 * share)
         span = self.initial_learning_rate - self.end_learning_rate
         return self.end_learning_rate + span * share
@@ -661,10 +667,10 @@ class by_path(Data):
       default: the rate of a leaf that no pattern matches.
 
     Raises:
-      ValueError: by `init` and `update` of the transform with this rate: a pattern matches no leaf.
-        An integer leaf counts as a match. A leaf that is `None` counts in `update`, but not in
-        `init`. By `init`: a pattern has no effect, because earlier patterns match all of its
-        leaves. (A pattern for the rest, like `".*"`, is allowed.)
+      ValueError: a pattern matches no leaf. `init` and `update` of the transform with this rate
+        check that. An integer leaf counts as a match. A leaf that is `None` counts in `update`, but
+        not in `init`. `init` also refuses a pattern without effect: earlier patterns match all of
+        its leaves. (A pattern for the rest, like `".*"`, is allowed.)
         `adamjax.optional(pattern)` may match no leaf or have no effect.
 
     >>> import adamjax

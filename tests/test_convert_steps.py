@@ -128,13 +128,14 @@ CONTINUES_DIFFERENTLY = {
         nested_multi_steps(optax.adam(0.1), 2, 2),
         nested_accumulation(2, 2),
         3,
-        "(accumulated|gradients of 'a') twice, one inside the other.*convert after a step",
+        "(accumulated twice|'a' is in two accumulate_gradients), one inside the other"
+        ".*convert after a step",
     ),
     "nested accumulation, other counts": (
         nested_multi_steps(optax.adam(0.1), 2, 3),
         nested_accumulation(2, 3),
         4,
-        "(accumulated|gradients of 'a') twice, one inside the other",
+        "(accumulated twice|'a' is in two accumulate_gradients), one inside the other",
     ),
     "MultiSteps around adamjax": (
         multi_steps(optax.adam(0.1), 3),
@@ -220,7 +221,7 @@ CONTINUES_DIFFERENTLY = {
         multi_steps(optax.adam(0.1), 6),
         nested_accumulation(2, 3),
         7,
-        "(twice, one inside the other|accumulated different numbers)",
+        "(one inside the other|accumulated different numbers)",
     ),
     "a decay alone before the rule": (
         optax.chain(INJECT(optax.add_decayed_weights)(0.3), optax.adam(0.1)),

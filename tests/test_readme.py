@@ -1,4 +1,4 @@
-"""README.md and docs/: code prints the output that is shown, and the numbers were measured.
+"""README.md and docs/: their code, measured numbers, links, and names of tests and commands.
 
 A block of text after a block of Python is its output. Numbers in it may differ by one unit of the
 last digit that is shown.
@@ -66,7 +66,7 @@ def test_numbers_agree_up_to_one_unit_of_the_last_digit():
     assert not agrees("w = [1.]", "b = [1.]")
 
 
-# Keras has JAX read its variables through `__array__`.
+# When JAX reads a variable of Keras, NumPy warns about the variable's `__array__`.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"{b.page}:{b.line}" for b in BLOCKS])
 def test_code_prints_the_output_that_is_shown(block, monkeypatch):
@@ -97,7 +97,8 @@ def test_marks_of_numbers_are_pairs_within_lines():
     """A mark at the start of a line would end the paragraph, as any comment in Markdown does."""
     for page, text in TEXTS.items():
         assert not re.search(r"^\s*<!-- number ", text, re.M), NAMES[page]
-        assert text.count("<!-- number ") == text.count("<!-- end -->"), NAMES[page]
+        for line in text.splitlines():
+            assert line.count("<!-- number ") == line.count("<!-- end -->"), NAMES[page]
 
 
 def test_each_result_needs_exactly_one_place_in_the_pages():
@@ -139,7 +140,8 @@ def test_the_targets_of_links_exist():
             elif target.startswith("http"):
                 continue
             else:
-                assert page != readme.README, f"README.md is shown elsewhere: {target}"
+                # PyPI shows README.md too, where a relative link has no target.
+                assert page != readme.README, f"README.md has a link that is not a URL: {target}"
                 path = page.parent / address if address else page
                 assert (ROOT / "docs") in path.resolve().parents, f"{NAMES[page]}: {target}"
             assert path.exists(), f"{NAMES[page]}: {target}"
@@ -154,6 +156,7 @@ def test_the_front_page_names_every_public_name():
 
 def test_every_test_that_a_page_names_exists():
     tests = ROOT / "tests"
+    # The patterns below must find something.
     decisions = TEXTS[ROOT / "docs" / "decisions.md"]
     assert re.search(r"`test_\w+\.py::\w+`", decisions)
     assert re.search(r"the law `\w+`", decisions)

@@ -54,7 +54,7 @@ def test_random_bits_differ_between_steps_leaves_and_slots():
     x = jnp.full(N, 1.001, jnp.float32)
     draws = [written(x, count=count, leaf=leaf) for count in (0, 1, 7) for leaf in (0, 1, 300)]
     keys = rounding_keys(jnp.int32(0), [0])
-    draws += [write_slot(x, "bfloat16", keys[0], number) for number in (1, 2, 3)]
+    draws += [write_slot(x, "bfloat16", keys[0], number) for number in (1, 2, 3, 4, 5)]
     correlation = np.corrcoef(np.stack(list(map(wide, draws)))) - np.eye(len(draws))
     assert np.abs(correlation).max() < 5 / np.sqrt(N)
 

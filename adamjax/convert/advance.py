@@ -24,22 +24,22 @@ __all__ = [
     "advanced_adamjax",
     "advanced_optax",
     "fresh_rule_state",
-    "kinds_of_hyperparams",
+    "kinds_with_one_name",
+    "kinds_with_zeros",
     "late_rule_state",
     "late_zero_rule_state",
     "may_count_calls",
     "unchanged_rule_state",
     "with_halved_values",
     "with_zeros_replaced",
-    "zero_hyperparams",
 ]
 
 # Makes a new state of a rule from its state and from the one that `init` returns.
 MakeRuleState = Callable[[Any, Any], Any]
 
-# Counts of a rule at which its bias corrections are 1, the last one for betas near 1 too. There are
-# several, because a user's own transform may compute its rate from the count of its rule. They are
-# primes, because such a rate may be periodic.
+# Counts of a rule at which its bias corrections are almost 1: the first for a b2 of 0.999, the last
+# also for 0.99999. There are several, because a user's own transform may compute its rate from the
+# count of its rule. They are primes, because such a rate may be periodic.
 LATE_COUNTS = (10_007, 100_003, 1_000_003)
 # Replaces a rate or a decay of 0 among the hyperparameters in a state.
 STAND_IN_FOR_ZERO = 0.01
@@ -85,7 +85,7 @@ def late_rule_state(count: int, x: Any, fresh: Any) -> Any:
 
 
 def late_zero_rule_state(x: Any, fresh: Any) -> Any:
-    """The state of a rule with moments of 0 that has taken many steps, as of rows never read.
+    """The state of a rule that has taken many steps with gradients of 0, so its moments are 0.
 
     From this state optax' AMSGrad, Nadam and Adamax take the same step as those of adamjax: the
     bias corrections are 1, and optax' u is |g| + epsilon.
@@ -124,6 +124,7 @@ def advanced_adamjax(ours: AdamjaxState, x: Any, fresh: Any, advance: Advance) -
         )
     if may_contain_states(x):
         return map_items(lambda a, b: advanced_adamjax(ours, a, b, advance), x, fresh)
+    # An array of a known transform, such as a hyperparameter of `with_hyperparams`.
     if is_array(x) and not ours.is_state_of_other_library(x):
         return x
     return _advanced_other(x, fresh, advance)
@@ -156,18 +157,19 @@ def advanced_optax(x: Any, fresh: Any, advance: Advance) -> Any:
     return map_items(lambda a, b: advanced_optax(a, b, advance), x, fresh)
 
 
-def zero_hyperparams(state: Any) -> frozenset[str]:
-    """Which of "rate" and "decay" a state has as hyperparameters that are 0."""
+def kinds_with_zeros(state: Any) -> frozenset[str]:
+    """The kinds, "rate" or "decay", of the hyperparameters in a state that are 0."""
     return frozenset(kind for kind, x in _hyperparams(state) if np.all(np.asarray(x) == 0))
 
 
-def kinds_of_hyperparams(state: Any) -> frozenset[str]:
-    """Which of "rate" and "decay" a state has as hyperparameters, each under one name only."""
+def kinds_with_one_name(state: Any) -> frozenset[str]:
+    """The kinds, "rate" or "decay", whose hyperparameters in a state all have the same name."""
     names: dict[str, set[str]] = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(state):
         if kind := _kind_of(path):
             names.setdefault(kind, set()).add(str(path[-1]))
-    # Two names may be those of a rate and a factor: with both halved, a step would be a quarter.
+    # Two names may be those of a rate and of a factor of it. With both halved, a step would be a
+    # quarter as large.
     return frozenset(kind for kind, same_kind in names.items() if len(same_kind) == 1)
 
 
@@ -203,7 +205,10 @@ def _kind_of(path: tuple[Any, ...]) -> str | None:
 
 
 def _advanced_other(x: Any, fresh: Any, advance: Advance) -> Any:
-    """A state of a transform that conversions do not know, such as `conditionally_transform`."""
+    """The state of a transform that conversions do not know, advanced.
+
+    One such transform is optax' `conditionally_transform`.
+    """
     starts_anew = advance.make_rule_state in (fresh_rule_state, late_zero_rule_state)
 
     def advanced(x: Any, initial: Any) -> Any:

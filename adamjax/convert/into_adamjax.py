@@ -63,8 +63,8 @@ def into_adamjax(
 def _placed_like(params: Tree, state: Any) -> Any:
     """The state on the device that the parameters are committed to, if that is one device.
 
-    Otherwise a step would be compiled twice: once for counts that are not committed to a device,
-    and once for the counts that it returns, which are.
+    Without this, the second step would be compiled again: the first step would take counts that are
+    not committed to a device, and return counts that are.
     """
     leaves = jax.tree.leaves(params)
     if not all(isinstance(p, jax.Array) and p.committed for p in leaves):
@@ -82,13 +82,16 @@ def _placed_like(params: Tree, state: Any) -> Any:
 
 
 def _expect_place_for_micro_batches(source: Source, ours: AdamjaxState, check: bool) -> None:
-    """Refuses micro-batches of a leaf that `tx` does not accumulate, or too many for a step."""
+    """Refuses micro-batches since the last step that `tx` cannot go on with.
+
+    `tx` must accumulate the gradients of the same leaves, only once, and over more micro-batches.
+    """
     accumulated_paths = [path for _, leaves in ours.accumulations for path in leaves]
     nested = sorted(p for p in set(accumulated_paths) if accumulated_paths.count(p) > 1)
     if nested and any(accumulated.micro for accumulated in source.accumulated):
         raise ValueError(
-            f"{source.owner}: the source has micro-batches since its last step, and tx accumulates "
-            f"the gradients of {nested[0]!r} twice, one inside the other: use one "
+            f"{source.owner}: the source has micro-batches since its last step, and in tx the leaf "
+            f"{nested[0]!r} is in two accumulate_gradients, one inside the other: use one "
             "accumulate_gradients, or convert after a step"
         )
     steps_of = {path: steps for steps, leaves in ours.accumulations for path in leaves}
@@ -131,6 +134,7 @@ class _AdamjaxFiller(Translation):
         return state
 
     def fill(self, x: Any) -> Any:
+        """A node of the state, filled from the source."""
         if rule_slots(x):
             return self._fill_rule(x)
         if isinstance(x, ScheduleState) or counts_a_schedule(x):
@@ -159,8 +163,8 @@ class _AdamjaxFiller(Translation):
         if {"mu", "nu"} & set(field_names(x) or ()) and not self.other_states_like(x):
             raise ValueError(
                 f"{self.owner}: tx has a rule of another library, with a {class_name(x)}, and the "
-                "source has no such state. Conversions fill the rules of adamjax: use one of these "
-                "in its place, or convert a tx without this one and add its state by hand"
+                "source has no such state. Conversions fill the rules of adamjax only: use a rule "
+                "of adamjax in its place, or convert a tx without it and add its state by hand"
             )
         if role_of(x) in ("inner", "parts"):  # a mask of optax, for instance
             return map_items(self.fill, x)
@@ -200,11 +204,16 @@ class _AdamjaxFiller(Translation):
         return filled
 
     def _expect_wide_enough(self, initial: Slots, path: str, slots: Slots | None) -> None:
-        """Refuses slots of 0 that are narrower than float32 and than the source's slots.
+        """Before the first step, refuses slots narrower than float32 and than the source's slots.
 
-        After a step, their values would be refused. torch has no slots before its first step; they
-        will have the dtype of the parameter. float32 slots are enough for float64, because zeros
-        that NumPy made are in float64.
+        Any dtype holds the moments of 0. But after a step, the same conversion would be refused,
+        because it would round the moments. A source in float64 may be converted to float32, because
+        NumPy makes zeros in float64 by default. torch has no slots before its first step; they will
+        have the dtype of the parameter.
+
+        Args:
+          initial: the slots of adamjax, from `init`.
+          slots: the slots of the source; `None` if it has none yet.
         """
         params = leaves_by_path(self.owner, self.ours.params)
         for name, x in initial.items():

@@ -102,7 +102,8 @@ def _read(x: Any, source: Source) -> None:
     elif jax.tree.leaves(x):
         if type(x).__module__.split(".")[0] == "adamjax":
             source.doubts.append(
-                f"it has a {type(x).__name__} of adamjax: a state of adamjax needs no conversion"
+                f"the state of optax contains a {type(x).__name__} of adamjax: a state of adamjax "
+                "needs no conversion"
             )
         source.other_states.append(x)
 
@@ -126,6 +127,7 @@ def _read_accumulated(x: Any, source: Source) -> None:
             "adamjax skip whole steps with skip_not_finite"
         )
     micro = steps_taken(source.owner, "mini_step of MultiSteps", x.mini_step)
+    # `acc_grads` has the mean over the micro-batches so far.
     totals = {path: g * micro for path, g in leaves_by_path(source.owner, x.acc_grads).items()}
     source.accumulated.append(Accumulated(micro, totals))
     outer, source.in_accumulating = source.in_accumulating, True

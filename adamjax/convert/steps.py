@@ -19,14 +19,14 @@ from adamjax.convert.advance import (
     advanced_adamjax,
     advanced_optax,
     fresh_rule_state,
-    kinds_of_hyperparams,
+    kinds_with_one_name,
+    kinds_with_zeros,
     late_rule_state,
     late_zero_rule_state,
     may_count_calls,
     unchanged_rule_state,
     with_halved_values,
     with_zeros_replaced,
-    zero_hyperparams,
 )
 from adamjax.convert.closeness import Closeness
 from adamjax.convert.optax_state import read_state, role_of
@@ -169,7 +169,7 @@ class _Comparison:
             return
         self._measure_past_steps()
         self._compare_at_all_counts("these states", frozenset())
-        zeros = zero_hyperparams(self.ours.state), zero_hyperparams(self.state)
+        zeros = kinds_with_zeros(self.ours.state), kinds_with_zeros(self.state)
         both = zeros[0] & zeros[1]
         if both:
             # A trainer sets them before each step, so the 0 in the states has no effect.
@@ -178,7 +178,7 @@ class _Comparison:
             names = " and ".join(sorted(both))
             start = f"these states, with a {names} of {STAND_IN_FOR_ZERO} in place of 0,"
             self._compare_at_all_counts(start, both)
-        kinds = kinds_of_hyperparams(self.ours.state) & kinds_of_hyperparams(self.state)
+        kinds = kinds_with_one_name(self.ours.state) & kinds_with_one_name(self.state)
         if kinds:
             # A trainer may set other values than those in the states.
             self.ours = self.ours.with_state(with_halved_values(self.ours.state, kinds))
