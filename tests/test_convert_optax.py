@@ -390,6 +390,22 @@ def test_an_invalid_count_of_skipped_steps_is_refused(count):
         convert.from_optax(state._replace(total_notfinite=count), tx, params, theirs)
 
 
+def test_each_part_has_its_own_count_of_skipped_steps():
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    labels = {"a": "x", "b": "y"}
+    parts = {label: optax.apply_if_finite(optax.adam(0.1), 100) for label in "xy"}
+    theirs = optax.multi_transform(parts, labels)
+    one = adamjax.skip_not_finite(adamjax.adam(0.1, eps=1e-8))
+    tx = adamjax.partition([("a", one)], default=one)
+    old = theirs.init(params)
+    for a, b in ((jnp.nan, 1.0), (1.0, jnp.nan), (1.0, jnp.nan), (1.0, 1.0)):
+        _, old = theirs.update({"a": jnp.full(3, a), "b": jnp.full(2, b)}, old, params)
+    state = convert.from_optax(old, tx, params, theirs)
+    assert [int(part.skipped) for part in state] == [1, 2]
+    back = convert.to_optax(state, tx, params, theirs)
+    assert [int(back.inner_states[x].inner_state.total_notfinite) for x in "xy"] == [1, 2]
+
+
 def test_more_micro_batches_than_a_step_takes_are_refused():
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = optax_state(tx=optax.MultiSteps(OPTAX_ADAM, 8).gradient_transformation(), count=3)

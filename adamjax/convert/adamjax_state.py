@@ -313,7 +313,8 @@ class AdamjaxState:
             self._read(x.inner, source)
             source.in_accumulating = outer
         elif isinstance(x, SkipNotFiniteState):
-            source.num_skipped = (source.num_skipped or 0) + int(x.skipped)
+            leaves = self.leaves(x) or leaves_by_path(owner, self.params)
+            source.num_skipped.update(dict.fromkeys(leaves, int(x.skipped)))
             self._read(x.inner, source)
         elif isinstance(x, ExactRowsState):
             expect_flushed(owner, x)

@@ -151,7 +151,7 @@ class _AdamjaxFiller(Translation):
         if isinstance(x, AccumulateGradientsState):
             return self._fill_accumulated(x)
         if isinstance(x, SkipNotFiniteState):
-            skipped = jnp.asarray(self.source.num_skipped or 0, x.skipped.dtype)
+            skipped = jnp.asarray(self.source.skipped_of(self.ours.leaves(x)), x.skipped.dtype)
             return SkipNotFiniteState(skipped, self.fill(x.inner))
         if isinstance(x, ExactRowsState):
             part = self.ours.part(x)

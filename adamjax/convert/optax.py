@@ -144,7 +144,7 @@ class _OptaxFiller(Translation):
         if role == "accumulated":
             return self._fill_accumulated(x)
         if role == "skipped":
-            skipped = jnp.asarray(self.source.num_skipped or 0, x.total_notfinite.dtype)
+            skipped = jnp.asarray(self.source.skipped_of(self.leaves), x.total_notfinite.dtype)
             return x._replace(total_notfinite=skipped, inner_state=self.fill(x.inner_state))
         if role == "inner":
             return type(x)(self._fill_part(x[0], self._leaves_of_rules(x[0])))

@@ -75,7 +75,6 @@ def _read(x: Any, source: Source) -> None:
         _read_accumulated(x, source)
     elif role == "skipped":
         skipped = steps_taken(source.owner, "total_notfinite", x.total_notfinite)
-        source.num_skipped = (source.num_skipped or 0) + skipped
         num_rules = {path: len(moments_of_leaf) for path, moments_of_leaf in source.moments.items()}
         outer, source.in_skipping = source.in_skipping, True
         _read(x.inner_state, source)
@@ -85,6 +84,7 @@ def _read(x: Any, source: Source) -> None:
             for path, moments_of_leaf in source.moments.items()
             if len(moments_of_leaf) > num_rules.get(path, 0)
         ]
+        source.num_skipped.update(dict.fromkeys(inside, skipped))
         source.skipping_transforms.append(
             SkippingTransform(frozenset(inside), source.in_accumulating)
         )
@@ -197,7 +197,7 @@ def _merge(
     source.doubts += inner.doubts
     source.accumulated += inner.accumulated
     source.skipping_transforms += inner.skipping_transforms
-    source.num_skipped = inner.num_skipped if source.num_skipped is None else source.num_skipped
+    source.num_skipped += inner.num_skipped
 
 
 def _items(x: Mapping[Any, Any]) -> list[Any]:

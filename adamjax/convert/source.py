@@ -1,6 +1,7 @@
 """The common form that every state is read into, and that every state is filled from."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -116,7 +117,7 @@ class Source:
       counts: the counts of schedules.
       average: by path, the average of the weights; `None` if the state has none.
       accumulated: the micro-batches of each `accumulate_gradients` or `MultiSteps`.
-      num_skipped: the number of steps that were skipped; `None` if nothing counts them.
+      num_skipped: by path, the number of steps of a leaf that were skipped.
       skipping_transforms: the transforms that skip steps.
       other_states: the states of all other transforms.
       other_states_lost_order: whether some of these are in a dictionary, whose order JAX loses.
@@ -130,7 +131,7 @@ class Source:
     counts: list[Count] = dataclasses.field(default_factory=list)
     average: dict[str, Any] | None = None
     accumulated: list[Accumulated] = dataclasses.field(default_factory=list)
-    num_skipped: int | None = None
+    num_skipped: Counter[str] = dataclasses.field(default_factory=Counter)
     skipping_transforms: list[SkippingTransform] = dataclasses.field(default_factory=list)
     other_states: list[Any] = dataclasses.field(default_factory=list)
     other_states_lost_order: bool = False
@@ -155,6 +156,11 @@ class Source:
     def has_taken_steps(self) -> bool:
         """Whether any rule has taken a step."""
         return any(x.count for of_rules in self.moments.values() for x in of_rules)
+
+    def skipped_of(self, leaves: frozenset[str] | None) -> int:
+        """The number of skipped steps of these leaves, or of all: the largest of a leaf."""
+        paths = self.num_skipped if leaves is None else leaves
+        return max((self.num_skipped[path] for path in paths), default=0)
 
     def accumulated_of(self, leaves: frozenset[str] | None) -> Accumulated | None:
         """The micro-batches of these leaves; `None` if nothing accumulates their gradients."""
