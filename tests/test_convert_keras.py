@@ -923,6 +923,29 @@ def test_a_norm_of_keras_is_that_of_the_leaves_that_its_optimizer_has(keras):
         convert.from_keras(optimizer, adamjax.chain(clip, rest), KERAS_PARAMS, order=["v1"])
 
 
+def built_on_two(keras, rate=0.1, **options):
+    """A Keras Adam with variables `v0` and `v1`, and these variables."""
+    variables = [keras.Variable(np.ones(3, np.float32), name=name) for name in ("v0", "v1")]
+    optimizer = keras.optimizers.Adam(rate, **options)
+    optimizer.build(variables)
+    return optimizer, variables
+
+
+def test_a_variable_in_a_norm_of_keras_is_not_left_out(keras):
+    optimizer, variables = built_on_two(keras, global_clipnorm=0.5)
+    params, tx = {"v0": jnp.ones(3)}, clipped_by(adamjax.clip_by_global_norm(0.5))
+    with pytest.raises(
+        ValueError, match=r"\(global_clipnorm\), but order= leaves out 'v1': convert"
+    ):
+        convert.from_keras(optimizer, tx, params, order=["v0", None])
+    with pytest.raises(
+        ValueError, match=r"\(global_clipnorm\), but order= leaves out 'v1': convert"
+    ):
+        convert.to_keras(tx.init(params), tx, params, optimizer, order=["v0", None])
+    variables[1].trainable = False  # Keras computes no gradient of it.
+    convert.from_keras(optimizer, tx, params, order=["v0", None])
+
+
 # --- accumulation ---------------------------------------------------------------------------------
 
 
@@ -1051,7 +1074,30 @@ def test_a_schedule_by_path_within_the_accumulation_of_keras_is_refused(keras):
         convert.from_keras(optimizer, tx, KERAS_PARAMS)
 
 
+def test_a_constant_rate_is_no_schedule_inside_an_accumulation(keras):
+    optimizer, _ = built_on_two(keras, gradient_accumulation_steps=2)
+    tx = adamjax.accumulate_gradients(adamjax.adam(adamjax.constant(0.1)), 2)
+    convert.from_keras(optimizer, tx, KERAS_PARAMS)
+
+
 # --- schedules ------------------------------------------------------------------------------------
+
+
+def test_a_rate_of_0_in_the_next_step_does_not_hide_a_factor_of_one_leaf(keras):
+    warmup = keras.optimizers.schedules.CosineDecay(0.0, 20, warmup_target=0.1, warmup_steps=5)
+    optimizer, _ = built_on_two(keras, warmup)
+    adam = adamjax.adam(adamjax.warmup(adamjax.cosine_decay(0.1, 20), 5, 0.0))
+    convert.from_keras(optimizer, adam, KERAS_PARAMS)
+    for factor in (adamjax.scale(0.1), adamjax.set_to_zero()):
+        tx = adamjax.chain(adam, adamjax.masked(factor, "v1"))
+        with pytest.raises(
+            ValueError, match=r"'v1': Keras has a learning rate of 0.02 after 1 ste"
+        ):
+            convert.from_keras(optimizer, tx, KERAS_PARAMS)
+        with pytest.raises(
+            ValueError, match=r"'v1': Keras has a learning rate of 0.02 after 1 ste"
+        ):
+            convert.to_keras(tx.init(KERAS_PARAMS), tx, KERAS_PARAMS, optimizer)
 
 
 def keras_adam_with_rate(keras, rate, count=0):
@@ -1506,6 +1552,21 @@ def test_a_keras_average_is_not_dropped(keras):
     with pytest.raises(ValueError, match=r"has an average of the weights, but the optimizer has n"):
         convert.to_keras(state, tx, KERAS_PARAMS, keras_optimizer(keras))
     convert.to_keras(state, tx, KERAS_PARAMS, keras_optimizer(keras), check=False)
+
+
+def test_a_frozen_variable_that_keras_averages_is_not_left_out(keras):
+    optimizer, variables = built_on_two(keras, use_ema=True, ema_momentum=0.9)
+    optimizer.apply([keras.ops.ones(3)] * 2)
+    optimizer.apply([keras.ops.ones(3)] * 2)
+    variables[1].trainable = False
+    adam, zero, ema = adamjax.adam(0.1), adamjax.set_to_zero(), adamjax.weight_ema(0.9)
+    left_out = adamjax.partition([("v1", zero)], default=adamjax.chain(adam, ema))
+    with pytest.raises(
+        ValueError, match=r"averages 'v1' \(use_ema\) although it has trainable=Fal"
+    ):
+        convert.from_keras(optimizer, left_out, KERAS_PARAMS, order=["v0", None])
+    right = adamjax.chain(adam, adamjax.masked(zero, "v1"), ema)
+    convert.from_keras(optimizer, right, KERAS_PARAMS)
 
 
 # --- the product of Nadam -------------------------------------------------------------------------

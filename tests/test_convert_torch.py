@@ -1034,6 +1034,18 @@ def test_options_that_schedulers_of_torch_add_to_groups_are_read(torch):
                 convert.from_torch(optimizer.state_dict(), adamjax.adam(0.1, eps=1e-8), params)
 
 
+def test_a_rate_of_0_in_the_next_step_does_not_hide_a_frozen_leaf():
+    """A scheduler of torch that warms up from 0 sets `lr` to 0 before the first step."""
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
+    old = torch_with_moments([np.ones(3, "f")] * 2, lr=0.0, initial_lr=0.1)
+    warm = adamjax.adam(adamjax.warmup(0.1, 5, 0.0), eps=1e-8)
+    fresh = {**old, "state": {}}
+    convert.from_torch(fresh, warm, params, order=["a", "b"])
+    tx = adamjax.chain(warm, adamjax.masked(adamjax.set_to_zero(), "b"))
+    with pytest.raises(ValueError, match=r"'b': torch has a learning rate that follows a schedule"):
+        convert.from_torch(fresh, tx, params, order=["a", "b"])
+
+
 def test_maximize_is_a_negation():
     state_dict = torch_after_two_steps("Adam", maximize=True)
     params, plain = {"w": jnp.ones((3, 2))}, adamjax.adam(0.1, eps=1e-8)

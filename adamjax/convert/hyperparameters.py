@@ -12,7 +12,7 @@ from adamjax._compat import x64
 from adamjax.average import weight_ema
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value
 from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
-from adamjax.convert.schedules import ForeignSchedule, later_counts
+from adamjax.convert.schedules import ForeignSchedule, follows_count, later_counts
 from adamjax.convert.source import Hyperparams, LeafMoments
 from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import leaves_by_path, same_decay, same_value
@@ -21,7 +21,7 @@ from adamjax.guard import AccumulateGradientsState, accumulate_gradients
 from adamjax.hyperparams import with_hyperparams
 from adamjax.paths import leaf_paths
 from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate, set_to_zero
-from adamjax.schedule import by_path, constant, rate_at
+from adamjax.schedule import by_path, rate_at
 from adamjax.structure import Part, states_of_class
 from adamjax.transform import Rule, foreign
 
@@ -92,8 +92,9 @@ class _Check:
         self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
         accumulations = states_of_class(AccumulateGradientsState, adamjax_state.state)
         self.is_amid_accumulation = any(int(x.micro_count) for x in accumulations)
-        # Schedules of the system, each with rates of tx that agree with it at all compared counts.
-        self.agreeing: list[tuple[Any, list[Any]]] = []
+        # Schedules of the system, each with rates and scalings of tx that agree with it at all
+        # compared counts.
+        self.agreeing: list[tuple[Any, Any]] = []
 
     def check(self, moments: Mapping[str, list[LeafMoments]]) -> None:
         """Compares the hyperparameters of each leaf; the first that differs is an error."""
@@ -233,7 +234,7 @@ class _Check:
             rate = self._rate_of_leaf(path, part)
             if self._decay_at(path, part):
                 stated, in_tx = "a weight decay in its steps", "one in each call"
-            elif _follows_count(rate):
+            elif follows_count(rate):
                 stated, in_tx = "a rate that changes with its steps", "one that counts calls"
             else:
                 continue
@@ -499,10 +500,11 @@ class _Check:
         The steps are those near each count where a part of a schedule may end, and some others far
         apart.
         """
-        in_tx = [self._rate_of_leaf(path, part) for part in after]
-        if any(schedule is agreed and in_tx == rates for agreed, rates in self.agreeing):
+        rates = [self._rate_of_leaf(path, part) for part in after]
+        in_tx = rates, self._scalings(path, after)
+        if any(schedule is agreed and in_tx == same for agreed, same in self.agreeing):
             return
-        for later in later_counts(count, schedule, in_tx):
+        for later in later_counts(count, schedule, rates):
             try:
                 stated = self._stated_rate(schedule, later)
             except ValueError:
@@ -518,16 +520,24 @@ class _Check:
                 )
         self.agreeing.append((schedule, in_tx))
 
+    def _scalings(self, path: str, after: Sequence[Part]) -> list[tuple[type, Any]]:
+        """What the parts multiply a step by: factors, and the counts of rates."""
+        return [
+            (type(part.tx), int(part.state.count) if is_rate else self._factor(path, [part]))
+            for part in after
+            for is_rate in [isinstance(part.tx, scale_by_learning_rate)]
+            if is_rate or isinstance(part.tx, scale | set_to_zero)
+        ]
+
     def _check_schedule(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
         """Refuses a constant rate for an unknown schedule, unless the user sets the rate."""
         if not hyperparams.get("unknown_schedule") or self._is_set("learning_rate", path):
             return
-        scaling = [
-            part.tx
-            for part in after
-            if isinstance(part.tx, scale | scale_by_learning_rate) or part.tx.has_foreign
-        ]
-        if scaling and not any(self._may_follow_schedule(path, part) for part in after):
+        classes = scale | scale_by_learning_rate | set_to_zero
+        scales = any(isinstance(part.tx, classes) or part.tx.has_foreign for part in after)
+        is_frozen = any(isinstance(part.tx, set_to_zero) for part in after)
+        may_follow = any(self._may_follow_schedule(path, part) for part in after)
+        if scales and (is_frozen or not may_follow):
             evidence, note = hyperparams["unknown_schedule"]
             self._refuse(
                 path,
@@ -673,9 +683,9 @@ class _Check:
             is_before = i < len(before)
             parts_between = before[i:] if is_before else after[: i - len(before)]
             rates = [self._rate_of_leaf(path, p) for p in parts_between] if decay else []
-            if any(map(_follows_count, (decay, *rates))):
+            if any(map(follows_count, (decay, *rates))):
                 where = ", with a schedule of the rate between it and the rule"
-                where = "" if _follows_count(decay) else where
+                where = "" if follows_count(decay) else where
                 belongs_before = is_before if decoupled is None else not decoupled
                 side = "before" if belongs_before else "after"
                 fix = f"put add_decayed_weights({stated:g}) directly {side} the rule"
@@ -767,11 +777,6 @@ class _Check:
                 if pair is not None and float(pair[1]):
                     decays.append((i, float(pair[1])))
         return decays
-
-
-def _follows_count(value: Any) -> bool:
-    """Whether a rate or a decay is a schedule, other than `constant`."""
-    return callable(value) and not isinstance(value, constant)
 
 
 def _is_same_clip(clip: Any, stated: Any) -> bool:

@@ -369,7 +369,34 @@ def _read_variables(
         source.average = by_path("average")
     if optimizer is not None:
         _doubt_options(source, optimizer, layout, paths)
+        _doubt_left_out(source, optimizer, paths, layout.of("average", values))
     return source, layout, paths, values
+
+
+def _doubt_left_out(
+    source: Source,
+    optimizer: Any,
+    paths: Sequence[str | None],
+    averages: Mapping[int, np.ndarray],
+) -> None:
+    """Adds doubts about variables that `order` leaves out, but that affect the others or move."""
+    params: Any = getattr(optimizer, "_trainable_variables", None) or ()
+    for i, (param, path) in enumerate(zip(params, paths, strict=False)):
+        if path is not None:
+            continue
+        name = getattr(param, "path", param.name)
+        if getattr(param, "trainable", True):
+            if getattr(optimizer, "global_clipnorm", None):
+                source.doubts.append(
+                    "the optimizer clips gradients by the norm of all its variables "
+                    f"(global_clipnorm), but order= leaves out {name!r}: convert all variables"
+                )
+        elif i in averages and not np.array_equal(averages[i], np.asarray(param.value)):
+            source.doubts.append(
+                f"the optimizer averages {name!r} (use_ema) although it has trainable=False, but "
+                "order= leaves it out: name its leaf in order= too, and put masked(set_to_zero(), "
+                "...) before weight_ema"
+            )
 
 
 def _doubt_options(

@@ -10,9 +10,15 @@ import numpy as np
 
 from adamjax._compat import x64
 from adamjax.convert.values import class_name, number_of
-from adamjax.schedule import by_path, is_own_schedule, rate_at
+from adamjax.schedule import by_path, constant, is_own_schedule, rate_at
 
-__all__ = ["ForeignSchedule", "ends_of_schedules", "has_schedule", "later_counts"]
+__all__ = [
+    "ForeignSchedule",
+    "ends_of_schedules",
+    "follows_count",
+    "has_schedule",
+    "later_counts",
+]
 
 # The last count at which schedules are compared; and up to how many lengths of parts, sums of two
 # lengths are counts too.
@@ -96,10 +102,16 @@ class ForeignSchedule:
         return [x for x in (*config, *own) if isinstance(x, int | float | np.number)]
 
 
+def follows_count(value: Any) -> bool:
+    """Whether a rate or a decay is a schedule, other than `constant`."""
+    return callable(value) and not isinstance(value, constant)
+
+
 def has_schedule(tx: Any) -> bool:
     """Whether a transform's rate or weight decay follows a schedule, for any leaf."""
     rate = getattr(tx, "learning_rate", getattr(tx, "weight_decay", None))
-    return any(map(callable, (*rate.values, rate.default) if isinstance(rate, by_path) else [rate]))
+    rates = (*rate.values, rate.default) if isinstance(rate, by_path) else [rate]
+    return any(map(follows_count, rates))
 
 
 def ends_of_schedules(schedules: Any) -> list[int]:
