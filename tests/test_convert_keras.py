@@ -747,7 +747,7 @@ def test_variables_of_keras_are_compared_with_tx():
         ),
         (
             keras_variables(),
-            adamjax.accumulate_gradients(adamjax.adam(adamjax.constant(RATE)), 2),
+            adamjax.accumulate_gradients(adamjax.adam(adamjax.exponential_decay(RATE, 9, 0.5)), 2),
             r"Keras calls a schedule with the number of micro-batches",
         ),
         (
@@ -934,13 +934,9 @@ def built_on_two(keras, rate=0.1, **options):
 def test_a_variable_in_a_norm_of_keras_is_not_left_out(keras):
     optimizer, variables = built_on_two(keras, global_clipnorm=0.5)
     params, tx = {"v0": jnp.ones(3)}, clipped_by(adamjax.clip_by_global_norm(0.5))
-    with pytest.raises(
-        ValueError, match=r"\(global_clipnorm\), but order= leaves out 'v1': convert"
-    ):
+    with pytest.raises(ValueError, match=r"\(global_clipnorm\), but order= leaves out 'v1'"):
         convert.from_keras(optimizer, tx, params, order=["v0", None])
-    with pytest.raises(
-        ValueError, match=r"\(global_clipnorm\), but order= leaves out 'v1': convert"
-    ):
+    with pytest.raises(ValueError, match=r"\(global_clipnorm\), but order= leaves out 'v1'"):
         convert.to_keras(tx.init(params), tx, params, optimizer, order=["v0", None])
     variables[1].trainable = False  # Keras computes no gradient of it.
     convert.from_keras(optimizer, tx, params, order=["v0", None])
@@ -1090,13 +1086,9 @@ def test_a_rate_of_0_in_the_next_step_does_not_hide_a_factor_of_one_leaf(keras):
     convert.from_keras(optimizer, adam, KERAS_PARAMS)
     for factor in (adamjax.scale(0.1), adamjax.set_to_zero()):
         tx = adamjax.chain(adam, adamjax.masked(factor, "v1"))
-        with pytest.raises(
-            ValueError, match=r"'v1': Keras has a learning rate of 0.02 after 1 ste"
-        ):
+        with pytest.raises(ValueError, match=r"'v1': Keras has a learning rate of 0.02 after 1"):
             convert.from_keras(optimizer, tx, KERAS_PARAMS)
-        with pytest.raises(
-            ValueError, match=r"'v1': Keras has a learning rate of 0.02 after 1 ste"
-        ):
+        with pytest.raises(ValueError, match=r"'v1': Keras has a learning rate of 0.02 after 1"):
             convert.to_keras(tx.init(KERAS_PARAMS), tx, KERAS_PARAMS, optimizer)
 
 
@@ -1561,9 +1553,7 @@ def test_a_frozen_variable_that_keras_averages_is_not_left_out(keras):
     variables[1].trainable = False
     adam, zero, ema = adamjax.adam(0.1), adamjax.set_to_zero(), adamjax.weight_ema(0.9)
     left_out = adamjax.partition([("v1", zero)], default=adamjax.chain(adam, ema))
-    with pytest.raises(
-        ValueError, match=r"averages 'v1' \(use_ema\) although it has trainable=Fal"
-    ):
+    with pytest.raises(ValueError, match=r"averages 'v1' \(use_ema\) although"):
         convert.from_keras(optimizer, left_out, KERAS_PARAMS, order=["v0", None])
     right = adamjax.chain(adam, adamjax.masked(zero, "v1"), ema)
     convert.from_keras(optimizer, right, KERAS_PARAMS)

@@ -28,6 +28,8 @@ from adamjax import convert
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
 from adamjax.convert.paired_steps import PairedSteps
 from adamjax.convert.sampling import sampled
+from adamjax.data import static
+from adamjax.transform import Transform
 
 # --- transforms -----------------------------------------------------------------------------------
 
@@ -1280,6 +1282,99 @@ def test_a_counter_of_another_library_is_converted_wherever_it_is(where):
     ):
         with pytest.raises(ValueError, match=STEPS_DIFFER):
             refused()
+
+
+class drops_after(Transform):
+    """The transform of `drops_after_calls`, of a user's own in adamjax."""
+
+    calls: int = 50
+    where: Any = static(default=None)
+
+    def init(self, params):
+        return self.where(jnp.zeros((), jnp.int32))
+
+    def update(self, updates, state, params=None, **extra_args):
+        (count,) = jax.tree.leaves(state)
+        factor = jnp.where(count < self.calls, 1.0, 0.1)
+        return jax.tree.map(lambda u: factor * u, updates), self.where(count + 1)
+
+
+@pytest.mark.parametrize("where", STATES_WITH_A_COUNTER)
+def test_a_counter_of_a_users_own_transform_is_converted_and_compared(where):
+    make_state = STATES_WITH_A_COUNTER[where]
+    theirs = optax.chain(optax.adam(0.1), drops_after_calls(90, make_state))
+    right, wrong = (
+        adamjax.chain(adam_like_optax(), drops_after(calls, make_state)) for calls in (90, 50)
+    )
+    old = state_after(theirs, 7)
+    state = convert.from_optax(old, right, TWO_LEAVES, theirs)
+    assert [int(x) for x in jax.tree.leaves(state[-1])] == [7]
+    assert_same(convert.to_optax(state, right, TWO_LEAVES, theirs), old)
+    with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.from_optax(old, wrong, TWO_LEAVES, theirs)
+    adam = optax.adam(0.1)
+    with pytest.raises(ValueError, match=r"the source has no .* of these shapes"):
+        convert.from_optax(state_after(adam, 7), wrong, TWO_LEAVES, adam)
+
+
+@pytest.mark.parametrize("zero", [0, np.int32(0), np.zeros(1, np.int32)])
+def test_a_counter_of_another_library_is_advanced_whatever_integer_it_is(zero):
+    drops = drops_after_calls(50)
+    drops = drops._replace(init=lambda params: CallsState(zero))
+    theirs = optax.chain(optax.adam(0.1), drops)
+    with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.from_optax(
+            theirs.init(TWO_LEAVES),
+            adamjax.chain(adam_like_optax(), drops_after_calls(90)._replace(init=drops.init)),
+            TWO_LEAVES,
+            theirs,
+        )
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_rate_that_falls_below_0_much_later_hides_no_earlier_difference(steps):
+    """After that, adamjax makes NaN, so nothing is compared. Schedules count steps, not calls."""
+
+    def falling(count):
+        return 0.01 * (1 - count / 200)
+
+    theirs = optax.adam(lambda count: falling(count) * jnp.where(count < 120, 1.0, 0.3))
+    ours, right = adam_like_optax(falling), optax.adam(falling)
+    if steps > 1:
+        theirs, right = (multi_steps(tx, steps) for tx in (theirs, right))
+        ours = adamjax.accumulate_gradients(ours, steps)
+    convert.from_optax(state_after(right, 8), ours, TWO_LEAVES, right)
+    with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.from_optax(state_after(theirs, 8), ours, TWO_LEAVES, theirs)
+
+
+def test_a_rate_that_falls_below_0_in_a_part_with_another_count_hides_nothing():
+    def falling(count):
+        return 0.01 * (1 - count / 1000)
+
+    labels = {"a": "a", "b": "b"}
+    drop = optax.piecewise_constant_schedule(0.1, {5050: 0.1})
+    theirs = optax.multi_transform({"a": optax.adam(drop), "b": optax.adam(falling)}, labels)
+    ours = adamjax.partition([("a", adam_like_optax())], default=adam_like_optax(falling))
+    old = state_after(theirs, 7)
+    part = old.inner_states["a"]
+    late = jax.tree.map(lambda x: x * 0 + 5000 if x.dtype == jnp.int32 else x, part)
+    old = old._replace(inner_states={**old.inner_states, "a": late})
+    with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.from_optax(old, ours, TWO_LEAVES, theirs)
+
+
+def test_a_rate_far_above_the_one_that_was_set_hides_no_epsilon():
+    theirs = optax.inject_hyperparams(optax.adam)(learning_rate=1.0, eps=1e-5)
+    old = after_small_gradients(theirs, 20)
+    old = old._replace(hyperparams={**old.hyperparams, "learning_rate": jnp.float32(1e-6)})
+    right, wrong = (
+        adamjax.with_hyperparams(adamjax.adam(1e-6, eps=eps), learning_rate=1e-6)
+        for eps in (1e-5, 1e-8)
+    )
+    convert.from_optax(old, right, TWO_LEAVES, theirs)
+    with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.from_optax(old, wrong, TWO_LEAVES, theirs)
 
 
 def test_a_rate_that_was_set_in_the_state_of_optax_is_compared():

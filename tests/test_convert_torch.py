@@ -412,6 +412,21 @@ def test_adamax_of_torch_without_a_gradient_so_far(gradients, torch):
             convert.to_torch(tx.init(params), tx, params, old, order=["w"])
 
 
+def test_adamax_of_torch_with_elements_without_a_gradient_so_far(torch):
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adamax([w], 0.1, eps=1e-4)
+    w.grad = torch.tensor([100.0, 100.0, 0.0])
+    optimizer.step()
+    tx, params = adamjax.adamax(0.1, eps=1e-4), {"w": jnp.ones(3)}
+    with pytest.raises(
+        ValueError, match=r"or a part of it, has had none.*by 1% between"
+    ):
+        convert.from_torch(optimizer.state_dict(), tx, params, order=["w"], rtol=1e-5)
+    w.grad = torch.tensor([100.0, 100.0, 100.0])
+    optimizer.step()
+    convert.from_torch(optimizer.state_dict(), tx, params, order=["w"], rtol=1e-5)
+
+
 OTHER_TORCH = [
     *("SGD", "RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD", "RAdam", "Adafactor", "LBFGS"),
     *("NAdam", "Muon"),

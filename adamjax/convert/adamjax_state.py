@@ -209,7 +209,7 @@ class AdamjaxState:
         self._ids_of_other_libraries = {
             id(x)
             for part in self.parts
-            if isinstance(part.tx, foreign)
+            if isinstance(part.tx, foreign) or not (is_of_adamjax(part.tx) or part.tx.parts)
             for x in _items_of_containers(part.state)
         }
         for part in self.parts:
@@ -230,7 +230,7 @@ class AdamjaxState:
         return part if part is not None and part.state is state else None
 
     def is_state_of_other_library(self, x: Any) -> bool:
-        """Whether an array or object belongs to the state of a transform of another library."""
+        """Whether an array or object is in the state of another library's transform or a user's."""
         return id(x) in self._ids_of_other_libraries
 
     def around(self, part: Part) -> list[Part]:

@@ -13,6 +13,7 @@ from adamjax.convert.values import counts_a_schedule, map_items
 from adamjax.data import is_array
 from adamjax.exact.state import ExactRowsState
 from adamjax.guard import AccumulateGradientsState
+from adamjax.leaves import dtype_of
 from adamjax.scaling import ScheduleState
 from adamjax.structure import rule_slots
 
@@ -31,6 +32,7 @@ __all__ = [
     "may_count_calls",
     "unchanged_rule_state",
     "with_halved_values",
+    "with_hyperparams_of",
     "with_zeros_replaced",
 ]
 
@@ -190,6 +192,13 @@ def with_halved_values(state: Any, kinds: frozenset[str]) -> Any:
     )
 
 
+def with_hyperparams_of(fresh: Any, state: Any) -> Any:
+    """A fresh state with the hyperparameters of another, which the user may have set since."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x, other: other if _is_hyperparameter(path) else x, fresh, state
+    )
+
+
 def _hyperparams(state: Any) -> Iterator[tuple[str, Any]]:
     """The rates and decays that a state has as hyperparameters, each after its kind."""
     for path, x in jax.tree_util.tree_leaves_with_path(state):
@@ -200,8 +209,16 @@ def _hyperparams(state: Any) -> Iterator[tuple[str, Any]]:
 
 def _kind_of(path: tuple[Any, ...]) -> str | None:
     """The kind of the hyperparameter at a path in a state; `None` for anything else."""
-    names = [getattr(key, "name", getattr(key, "key", None)) for key in path[-2:]]
-    return _KINDS.get(str(names[-1])) if names[:1] == ["hyperparams"] else None
+    return _KINDS.get(_name_of(path[-1])) if _is_hyperparameter(path) else None
+
+
+def _is_hyperparameter(path: tuple[Any, ...]) -> bool:
+    """Whether a path in a state is that of a hyperparameter."""
+    return [*map(_name_of, path[-2:-1])] == ["hyperparams"]
+
+
+def _name_of(key: Any) -> str:
+    return str(getattr(key, "name", getattr(key, "key", None)))
 
 
 def _advanced_other(x: Any, fresh: Any, advance: Advance) -> Any:
@@ -225,4 +242,5 @@ def may_count_calls(x: Any) -> bool:
 
 
 def _may_count(x: Any) -> bool:
-    return is_array(x) and x.shape == () and bool(jnp.issubdtype(x.dtype, jnp.integer))
+    is_integer = isinstance(x, int) and not isinstance(x, bool)
+    return is_integer or (np.size(x) == 1 and bool(jnp.issubdtype(dtype_of(x), jnp.integer)))

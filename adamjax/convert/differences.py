@@ -155,13 +155,13 @@ class Translation(StateFiller):
         if kind == "adamax" and self.system.eps_inside_maximum:
             why = "it adds epsilon inside the maximum, so epsilon decays with it; "
             is_moving = np.asarray(slots["m"]) != 0 if slots else np.zeros(1, bool)
-            if not np.any(is_moving):
+            u = np.real(np.asarray(slots["u"])).astype(np.float64) if slots else np.zeros(1)
+            smallest = float(np.min(u, where=is_moving, initial=np.inf))
+            if smallest > _FIRST_GRADIENT and not np.all(is_moving):
                 return float(rule.eps) / _FIRST_GRADIENT, (
                     f"{why}the difference is that for gradients of {_FIRST_GRADIENT}, because this "
-                    "leaf has had none"
+                    "leaf, or a part of it, has had none"
                 )
-            u = np.real(np.asarray(slots["u"])).astype(np.float64)
-            smallest = float(np.min(u, where=is_moving, initial=np.inf))
             return (math.inf if smallest == 0 else float(rule.eps) / smallest), (
                 f"{why}the smallest maximum here is {smallest:.1g}, and the larger the maximum, "
                 "the smaller the difference"

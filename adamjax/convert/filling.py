@@ -210,7 +210,7 @@ class StateFiller:
             ]
             return jax.tree.unflatten(jax.tree.structure(like), leaves)
         raise ValueError(
-            f"{self.owner}: the source has no {type(like).__name__} of these shapes and dtypes "
+            f"{self.owner}: the source has no {_name_of_state(like)} of these shapes and dtypes "
             f"that is not yet in use, and tx or the target has one ({class_name(like)}): use "
             "adamjax's own transform in its place, leave it out, or start it anew and set its "
             "state by hand"
@@ -226,11 +226,17 @@ class StateFiller:
                     "partition, or drop the moments from the source"
                 )
         if self.other_states:
+            name = _name_of_state(self.other_states[0])
             raise ValueError(
-                f"{self.owner}: there is no place for a {type(self.other_states[0]).__name__} of "
+                f"{self.owner}: there is no place for {'an' if name == 'array' else 'a'} {name} of "
                 f"the source ({class_name(self.other_states[0])}): convert chains of the same "
                 "transforms"
             )
+
+
+def _name_of_state(x: Any) -> str:
+    """The name of the class of a transform's state, for errors."""
+    return "array" if is_array(x) else type(x).__name__
 
 
 def _described_leaves(tree: Any) -> list[tuple[Any, ...]]:

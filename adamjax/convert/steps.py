@@ -26,6 +26,7 @@ from adamjax.convert.advance import (
     may_count_calls,
     unchanged_rule_state,
     with_halved_values,
+    with_hyperparams_of,
     with_zeros_replaced,
 )
 from adamjax.convert.closeness import Closeness
@@ -39,7 +40,7 @@ from adamjax.data import Tree
 from adamjax.guard import AccumulateGradientsState, accumulate_gradients
 from adamjax.scaling import ScheduleState
 from adamjax.schedule import by_path
-from adamjax.structure import replace_parts, rule_slots, states_of_class
+from adamjax.structure import Part, replace_parts, rule_slots, states_of_class
 from adamjax.transform import Rule
 
 __all__ = ["expect_made_by", "expect_optimizer", "expect_same_steps"]
@@ -201,8 +202,9 @@ class _Comparison:
         if not np.all(self.closeness.has_rule):
             # There updates depend on the sizes of gradients.
             sequences += [[Step(size * ones)] for size in _PAST_SIZES]
+        fresh = tuple(map(with_hyperparams_of, self.fresh, (self.ours.state, self.state)))
         for steps in sorted({now * i // 16 for i in (0, 1, 2, 4, 8, 12)}):
-            states = self._advance(self.fresh, self.fresh, jnp.int32(steps))
+            states = self._advance(fresh, fresh, jnp.int32(steps))
             for weight_size, steps_taken in itertools.product(
                 (*WEIGHT_SIZES, ZERO_WEIGHTS, OWN_WEIGHTS), sequences
             ):
@@ -435,10 +437,10 @@ class _Comparison:
     def _later_counts(self) -> Iterator[tuple[str, int]]:
         """Later counts at which steps are compared: a name for errors, and the steps until then."""
         our_counts = {int(x.count) for x in states_of_class(ScheduleState, self.ours.state)}
-        schedules = [part.tx for part in self.ours.parts if has_schedule(part.tx)]
+        scheduled = [part for part in self.ours.parts if has_schedule(part.tx)]
         # Transforms that conversions do not know may follow a count of their own.
         others_count = any(map(may_count_calls, self.source.other_states))
-        if not (schedules or self.source.counts or self.source.accumulated or others_count):
+        if not (scheduled or self.source.counts or self.source.accumulated or others_count):
             return
         now = our_counts | {count.value for count in self.source.counts} or {0}
         # At each count, `_later_steps` has so many steps.
@@ -464,10 +466,20 @@ class _Comparison:
         ordered = sorted(grid)
         chosen = {*near_ends, *ordered[:: -(-len(ordered) // (most - len(near_ends)))]}
         for steps in sorted(chosen):
-            counts = [steps + count for count in now]
-            last = (steps + each) * calls + max(now)
-            if not any(_is_negative(tx, x) for tx in schedules for x in (*counts, last)):
-                yield f"count {min(counts)}", steps
+            if not any(self._is_negative(part, steps, each) for part in scheduled):
+                yield f"count {min(steps + count for count in now)}", steps
+
+    def _is_negative(self, part: Part, steps: int, each: int) -> bool:
+        """Whether a rate is below 0 soon after so many steps, as after the end of a training."""
+        rate, calls = getattr(part.tx, "learning_rate", None), self.steps.calls
+        if self.ours.num_accumulations(part):
+            calls = 1  # Inside, the schedule counts steps.
+        rates = (*rate.values, rate.default) if isinstance(rate, by_path) else (rate,)
+        first = int(getattr(part.state, "count", 0)) + steps * calls
+        return any(
+            callable(x) and float(x(jnp.int32(count))) < 0
+            for x, count in itertools.product(rates, (first, first + each * calls))
+        )
 
     # --- the states from which steps start --------------------------------------------------------
 
@@ -505,13 +517,6 @@ class _Comparison:
             advanced_adamjax(ours, states[0], fresh[0], advance),
             advanced_optax(states[1], fresh[1], advance),
         )
-
-
-def _is_negative(tx: Any, count: int) -> bool:
-    """Whether a rate is below 0 at a count, as a schedule may be after the end of a training."""
-    rate = getattr(tx, "learning_rate", None)
-    rates = (*rate.values, rate.default) if isinstance(rate, by_path) else (rate,)
-    return any(callable(x) and float(x(jnp.int32(count))) < 0 for x in rates)
 
 
 def expect_optimizer(owner: str, optimizer: Any) -> None:
