@@ -418,9 +418,7 @@ def test_adamax_of_torch_with_elements_without_a_gradient_so_far(torch):
     w.grad = torch.tensor([100.0, 100.0, 0.0])
     optimizer.step()
     tx, params = adamjax.adamax(0.1, eps=1e-4), {"w": jnp.ones(3)}
-    with pytest.raises(
-        ValueError, match=r"or a part of it, has had none.*by 1% between"
-    ):
+    with pytest.raises(ValueError, match=r"or a part of it, has had none.*by 1% between"):
         convert.from_torch(optimizer.state_dict(), tx, params, order=["w"], rtol=1e-5)
     w.grad = torch.tensor([100.0, 100.0, 100.0])
     optimizer.step()
