@@ -627,6 +627,9 @@ def from_keras(
     negative `velocity`, moments that `b1` and `b2` do not allow). Arrays of Lamb,
     ScheduleFreeAdamW, Muon (of vectors) and Adamax cannot be distinguished from Adam's.
 
+    Where variables are bfloat16 or float16, Keras computes steps in that dtype, and small ones do
+    not move the weights. Here steps are computed in float32, so the run drifts away from Keras'.
+
     Args:
       variables: one of:
 
@@ -649,7 +652,8 @@ def from_keras(
         of such variables. If a loop of your own calls `apply` with them, Keras moves them all the
         same.)
       order: the path of each variable that the optimizer was built on, in their order; `None` for
-        one that is not to be converted. By default:
+        one that is not to be converted. (With `global_clipnorm`, the norm is that of all variables,
+        so none that is trained may be left out.) By default:
 
         - if the names of the variables correspond to the paths of the leaves one to one, as
           `dense_kernel` to `dense/kernel`, the names give the order;
