@@ -25,7 +25,7 @@ __all__ = [
     "is_none",
     "largest_magnitude",
     "leaves_with_names",
-    "pairs_of_leaves",
+    "paired_leaves",
     "shown",
 ]
 
@@ -41,13 +41,16 @@ def is_none(x: Any) -> bool:
 
 
 def leaves_with_names(name: str, tree: Tree) -> tuple[list[tuple[str, Any]], Any]:
-    """Pairs (name, leaf) of the leaves, `None` among them, and the structure of the tree."""
+    """Pairs (name, leaf) of the leaves, `None` among them, and the structure of the tree.
+
+    The name of a leaf is the tree's name and the leaf's path: `state[0].m['w']`.
+    """
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
     return [(name + jax.tree_util.keystr(path), x) for path, x in pairs], treedef
 
 
-def pairs_of_leaves(name: str, actual: Tree, expected: Tree) -> Iterator[tuple[str, Any, Any]]:
-    """Triples (name, leaf, expected leaf) of two trees that must have the same structure.
+def paired_leaves(name: str, actual: Tree, expected: Tree) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (name, leaf, expected leaf) for two trees that must have the same structure.
 
     Leaves that are `None` must be `None` in both trees, and are left out.
     """
@@ -79,7 +82,7 @@ def shown(x: Any) -> str:
 
 def expect_same_form(name: str, actual: Tree, expected: Tree) -> None:
     """Expects the same structure, and leaves of the same shapes and dtypes."""
-    for leaf_name, x, y in pairs_of_leaves(name, actual, expected):
+    for leaf_name, x, y in paired_leaves(name, actual, expected):
         if (jnp.shape(x), dtype_of(x)) != (jnp.shape(y), dtype_of(y)):
             raise AssertionError(f"{leaf_name} is {described(x)}, expected {described(y)}")
 
@@ -87,7 +90,7 @@ def expect_same_form(name: str, actual: Tree, expected: Tree) -> None:
 def expect_same_bits(name: str, actual: Tree, expected: Tree) -> None:
     """Expects the same form, and the same bits: 0.0 and -0.0 differ, NaNs of equal bits do not."""
     expect_same_form(name, actual, expected)
-    for leaf_name, x, y in pairs_of_leaves(name, actual, expected):
+    for leaf_name, x, y in paired_leaves(name, actual, expected):
         a, b = np.asarray(x), np.asarray(y)
         if a.tobytes() != b.tobytes():
             differ = np.any(_bytes_of_elements(a) != _bytes_of_elements(b), axis=-1)
@@ -105,7 +108,7 @@ def expect_close(name: str, actual: Tree, expected: Tree, rtol: float = _RTOL) -
     They may differ by `rtol` times the largest finite magnitude in the expected leaf.
     """
     expect_same_form(name, actual, expected)
-    for leaf_name, x, y in pairs_of_leaves(name, actual, expected):
+    for leaf_name, x, y in paired_leaves(name, actual, expected):
         expect_within(leaf_name, x, y, rtol * largest_magnitude(y))
 
 

@@ -44,7 +44,7 @@ from adamjax.expectations import (
     is_none,
     largest_magnitude,
     leaves_with_names,
-    pairs_of_leaves,
+    paired_leaves,
     shown,
 )
 from adamjax.grouping import grouped
@@ -253,7 +253,7 @@ def low_precision_updates_are_the_float32_twins_rounded_once(trial: Trial) -> No
                 cast(params, jnp.float32), twin_state, cast(grads, jnp.float32)
             )
             expect_same_form("updates", updates, grads)
-            for path, u, unrounded in pairs_of_leaves("updates", updates, twin):
+            for path, u, unrounded in paired_leaves("updates", updates, twin):
                 u, unrounded = in_float64(u), in_float64(unrounded)
                 if np.any(np.isnan(unrounded)):
                     raise AssertionError(f"{path} is NaN in float32, from finite gradients")
@@ -386,7 +386,7 @@ def a_none_gradient_skips_its_leaf(trial: Trial) -> None:
             raise AssertionError(f"updates[{path!r}] is {shown(update)}, expected None")
         expect_same_bits(f"params[{path!r}]", after, before)
         expect_same_form("state", next_state, state)
-        for name, x, y in pairs_of_leaves("state", next_state, state):
+        for name, x, y in paired_leaves("state", next_state, state):
             if _belongs(name, path):
                 expect_same_bits(name, x, y)
 
@@ -549,7 +549,7 @@ def zeros_are_kept_where_it_says_so(trial: Trial) -> None:
     for t, without in enumerate((_without_element, _without_row, _without_column)):
         grads = jax.tree.map(without, trial.grads(t))
         params, state, updates = trial.compiled(params, state, grads)
-        for path, u, g in pairs_of_leaves("updates", updates, grads):
+        for path, u, g in paired_leaves("updates", updates, grads):
             moved = np.asarray((g == 0) & (u != 0))
             if np.any(moved):
                 raise AssertionError(first_difference(path, np.asarray(u), np.asarray(g), moved))
@@ -671,7 +671,7 @@ def _expect_results_of_rows(
         zeros = jnp.zeros_like(expected_u)
         _expect_close_rows(name, _to_dense(u), expected_u, zeros, is_read_of[path])
     before = dict(leaves_with_names("", _to_dense(state))[0])
-    for name, x, y in pairs_of_leaves("", _to_dense(actual_state), _to_dense(expected_state)):
+    for name, x, y in paired_leaves("", _to_dense(actual_state), _to_dense(expected_state)):
         flags = next((is_read_of[path] for path in is_read_of if _belongs(name, path)), None)
         _expect_close_rows(f"state{name}", x, y, before[name], flags)
 

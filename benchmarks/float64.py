@@ -94,11 +94,11 @@ def main(argv: list[str]) -> int:
         for seed in progress(seeds, "seed"):
             batches, last = model.batches(seed), {}
             for name in names:
-                start = model.start(jax.random.key(seed))
+                start = model.jitted_init(jax.random.key(seed))
                 if name == ONE_ULP_OFF:
                     start = one_ulp_off(start, seed)
                 for _, params in programs[name].train(rate_of[model.name], start, batches):
-                    epochs[name].append(means(model.scores(params, "test")))
+                    epochs[name].append(means(model.metric_values(params, "test")))
                 last[name] = [np.array(x) for x in jax.tree.leaves(params)]
             for name in CONTENDERS:
                 distances[name].append(distance(last[name], last[REFERENCE]))

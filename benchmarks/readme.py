@@ -18,24 +18,26 @@ PAGES = (README, *sorted((ROOT / "docs").rglob("*.md")))
 NUMBER_MARK = re.compile(r"(<!-- number (.+?) -->).*?(<!-- end -->)", re.DOTALL)
 
 
-def committed(suite: str) -> Results:
+def cpu_results(suite: str) -> Results:
+    """The committed results of a suite on a CPU."""
     return json.loads((RESULTS / "cpu" / f"{suite}.json").read_text())
 
 
 def numbers() -> dict[str, str]:
     """The numbers in sentences, by name."""
-    dense, rows, models = committed("dense")["times"], committed("rows"), committed("models")
-    soak, train = committed("soak")["cases"]["Adam"], committed("train")
+    dense, rows, models = cpu_results("dense")["times"], cpu_results("rows"), cpu_results("models")
+    soak, train = cpu_results("soak")["cases"]["Adam"], cpu_results("train")
     main = main_rows(rows)
 
-    def times_exact(contender: str) -> str:
+    def time_over_exact(contender: str) -> str:
+        """The contender's time divided by exact's, over the main cases."""
         return span(1 / row["ratio"]["exact"][contender]["median"] for row in main)
 
     optax_clipped = [row["ratio"]["optax"] for row in dense if row["chain"] == "clip + adam"]
     adam = {row["workload"]: row["ratio"] for row in dense if row["chain"] == "adam"}
-    optax_adam: dict[bool, list[float]] = {False: [], True: []}  # in float32, in bfloat16
-    for workload, ratio in adam.items():
-        optax_adam["bfloat16" in workload].append(ratio["optax"]["median"])
+    adam_over_optax = {name: ratio["optax"]["median"] for name, ratio in adam.items()}
+    adam_bfloat16 = [x for name, x in adam_over_optax.items() if "bfloat16" in name]
+    adam_float32 = [x for name, x in adam_over_optax.items() if "bfloat16" not in name]
     exact_over_optax = [
         row["ratio"]["exact"]["optax"]["median"] for row in rows["times"] if "exact" in row["ratio"]
     ]
@@ -45,15 +47,16 @@ def numbers() -> dict[str, str]:
         for row in models["programs"]
         if row["contender"] == "exact"
     }
-    temporaries = {row["mode"]: row["temporary_bytes"] for row in committed("memory")["tables"]}
+    temporaries = {row["mode"]: row["temporary_bytes"] for row in cpu_results("memory")["tables"]}
     return {
-        "table optax": times_exact("optax"),
-        "table torch": times_exact("torch sparse"),
+        "table optax": time_over_exact("optax"),
+        "table torch": time_over_exact("torch sparse"),
         "table exact ms": span((row["ms"]["exact"]["median"] for row in main), 1),
+        # How many times as fast a dense gradient is at most; 1 if exact is never slower.
         "table worst": two_digits(max(1.0, *exact_over_optax)),
         "clip adam optax": span(1 / ratio["median"] for ratio in optax_clipped),
-        "adam float32": span(optax_adam[False], 2),
-        "adam bfloat16": span(optax_adam[True], 2),
+        "adam float32": span(adam_float32, 2),
+        "adam bfloat16": span(adam_bfloat16, 2),
         "adam torch": f"{max(ratio['torch']['median'] for ratio in adam.values()):.2f}",
         "soak steps": f"{soak['steps'][-1]:,}",
         "soak exact": f"{soak['weights']['exact']['mean'][-1]:.1e}",

@@ -3,12 +3,12 @@
 Each contender takes its steps in a process of its own, in turn with the others. If not all tables
 fit in memory at once, the contenders run one after another, and their n-th samples count as round
 n. Steps rotate through 32 batches of indices, so that their rows are not in the cache, and lag
-behind by various numbers of steps. The values of the gradient's rows are inputs; the step makes
-from them the dense or the row gradient, or sorts torch's sparse gradient. The main cases (1M rows
-of 64) get more rounds, but those with many indices only a quarter of these. Their processes are
-started anew several times, because times change by a tenth with the places of arrays in memory.
-Each time is also given as a fraction of the limit that the device's bandwidth sets: see
-`least_bytes`.
+behind by various numbers of steps. The values of the gradient's rows are inputs; from them, the
+step makes a dense gradient, a row gradient or torch's sparse gradient. The main cases (1M rows of
+64) get more rounds, but those with many indices only a quarter of these. Their processes are
+started anew several times, once a sitting, because times change by a tenth with the places of
+arrays in memory. Each contender's fraction of the limit is the shortest time that the device's
+bandwidth allows, divided by its own time: see `least_bytes`.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def _cases(rows: Sequence[int], widths: Sequence[int], reads: Sequence[int]) -> 
 
 
 GRID = _cases((100_000, 1_000_000, 4_000_000), (32, 64, 128), (1024, 8192, 65_536))
-# Only on an accelerator: 5 GB, and as much for each moment.
+# Only on an accelerator: a table takes 5 GB, and as much for each moment.
 LARGE = _cases((10_000_000,), (128,), (8192, 65_536))
 MAIN = _cases((1_000_000,), (64,), (8192, 65_536, 262_144))
 QUICK = _cases((1000, 4000), (8,), (64,))
@@ -90,19 +90,20 @@ class Contender:
         """Loads a case's batches, compiles, warms up; returns its memory and its distinct rows."""
         if self.shape != (case.rows, case.width):
             self.drop()
-            self.base = _resident("VmRSS")
+            # The bytes that are not the contender's own: libraries, batches and compiled steps.
+            self.uncounted = _resident("VmRSS")
             self.table, self.shape = self.kind(self.name, case), (case.rows, case.width)
         indices, values = contenders.batches(case)
         before = _resident("VmRSS")
         temporary = self.table.load(indices, values)
-        self.base += _resident("VmRSS") - before
+        self.uncounted += _resident("VmRSS") - before
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         self.table.run(contenders.ALL_CONTENDERS[self.name][1])
         return {
             "temporary_bytes": temporary,
             # An accelerator has the table in its own memory.
-            "peak_bytes": _resident("VmHWM") - self.base if self.table.on_cpu else None,
+            "peak_bytes": _resident("VmHWM") - self.uncounted if self.table.on_cpu else None,
             "distinct": statistics.mean(len(np.unique(x)) for x in indices[:4]),
         }
 
@@ -168,7 +169,7 @@ def summary(case: Case, sittings: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def measure_cases(
     rounds: dict[Case, int], names: Sequence[str], sittings: int, device: measure.Device
 ) -> list[dict[str, Any]]:
-    """The figures of cases, from as many sittings with processes of their own."""
+    """The figures of cases. Each sitting measures all of them in new processes."""
     records: dict[Case, list[dict[str, Any]]] = {case: [] for case in rounds}
     tables: dict[Any, dict[Case, int]] = {}
     for case, count in rounds.items():
@@ -196,20 +197,20 @@ def measure_growth(sittings: int, rounds: int, device: measure.Device) -> list[d
                 turns = (pool.in_turn(pool.names, number) for number in range(rounds))
                 samples[case.indices] += turns
     growth, (small, large) = [], GROWTH
-    for indices, rounds_of in samples.items():
+    for indices, all_rounds in samples.items():
         # If one of the two processes ended, there is no ratio.
-        if len(measure.names_in_every_round(rounds_of, GROWTH)) == len(GROWTH):
+        if len(measure.names_in_every_round(all_rounds, GROWTH)) == len(GROWTH):
             row = {"indices": indices, "reads": MAIN_READS, "contender": "exact"}
-            row["ms"] = measure.times(rounds_of, (small, large))
-            growth.append(row | {"ratio": measure.time_ratios(rounds_of, large, (small,))[small]})
+            row["ms"] = measure.times(all_rounds, (small, large))
+            growth.append(row | {"ratio": measure.time_ratios(all_rounds, large, (small,))[small]})
     return growth
 
 
 def bounds(
-    table: Sequence[dict[str, Any]], growth: Sequence[dict[str, Any]]
+    times: Sequence[dict[str, Any]], growth: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The bounds on the main cases, with 8,192 indices unless a bound names another number."""
-    rows = {row["case"]: row for row in table}
+    rows = {row["case"]: row for row in times}
     main_rows = {(case.reads, case.indices): rows.get(case.name) for case in MAIN}
     grown = {(row["contender"], row["indices"]): row["ratio"]["median"] for row in growth}
 
@@ -228,13 +229,14 @@ def bounds(
     asked: list[tuple[str, str, float, float | None]] = []
     kinds = list(dict.fromkeys(case.indices for case in MAIN))
     for kind in kinds:
-        whole, larger = ratio("exact step", "lazy step", kind), grown.get(("exact", kind))
+        train_steps = ratio("exact step", "lazy step", kind)
+        growth_ratio = grown.get(("exact", kind))
         asked += [
             (f"time: optax / exact, {kind}", "at least", 30, ratio("optax", "exact", kind)),
             (f"time: exact / lazy, {kind}", "at most", 1.25, ratio("exact", "lazy", kind)),
-            (f"time of a train step: exact / lazy, {kind}", "at most", 1.4, whole),
+            (f"time of a train step: exact / lazy, {kind}", "at most", 1.4, train_steps),
             (f"time: dense / optax, {kind}", "at most", 0.9, ratio("dense", "optax", kind)),
-            (f"time of exact: 4M rows / 100k rows, {kind}", "at most", 2, larger),
+            (f"time of exact: 4M rows / 100k rows, {kind}", "at most", 2, growth_ratio),
         ]
     sparse, name, many = "torch sparse", "torch SparseAdam", 65_536
     step = temporaries("exact", "lazy", "dense")
@@ -271,17 +273,17 @@ def main(argv: list[str]) -> int:
         names.remove(name)
 
     rounds = {case: main_rounds(case, args.rounds) for case in main_cases}
-    table = measure_cases(rounds, names, args.sittings, device)
+    times = measure_cases(rounds, names, args.sittings, device)
     in_grid = [name for name in names if name not in contenders.WHOLE_STEPS]
-    table += measure_cases(dict.fromkeys(grid, args.grid_rounds), in_grid, 1, device)
+    times += measure_cases(dict.fromkeys(grid, args.grid_rounds), in_grid, 1, device)
     grown = []
     if "growth" in chosen and "exact" in names:
         grown = measure_growth(args.sittings, args.rounds, device)
-    table.sort(key=lambda row: (row["rows"], row["width"], row["reads"], row["indices"]))
-    suite.results |= {"times": table, "growth": grown}
-    suite.results["bounds"] = [] if args.quick else bounds(table, grown)
+    times.sort(key=lambda row: (row["rows"], row["width"], row["reads"], row["indices"]))
+    suite.results |= {"times": times, "growth": grown}
+    suite.results["bounds"] = [] if args.quick else bounds(times, grown)
     device.add_bandwidth(suite.results)
-    for row in table:
+    for row in times:
         case = Case(*(row[name] for name in ("rows", "width", "reads", "indices")))
         row |= {"least_bytes": {}, "fraction": {}}
         for name, ms in row["ms"].items():

@@ -2,15 +2,16 @@
 
 We read four things from a compiled step:
 
-- The bytes that move between the chip and its large memory, with the padding of arrays there.
-- The temporaries in either memory.
-- The instructions that copy an array of a table's size.
+- The bytes that are read from and written to the chip's main memory (HBM), where arrays are padded.
+- The bytes of temporaries in HBM and in the chip's fast memory (VMEM).
+- For each opcode, the number of instructions with a result of at least an eighth of a table (of at
+  least half a table, if a step has several).
 - The cycles that the compiler estimates, which count only arithmetic and copies.
 
-XLA's own "bytes accessed" are in the results as well. It counts an array twice if the array is
-moved to the fast memory first. An instruction on rows of a table counts with the bytes of these
-rows. If it joins rows of several tables, its bytes are not counted, because it does not show how
-many it moves from each.
+An instruction on rows of a table counts with the bytes of these rows. A step on several tables has
+no figure for bytes, because an instruction that joins rows of several tables does not show how many
+bytes it moves from each. XLA's own "bytes accessed" are in the results of dense steps as well: it
+counts an array twice if the array is moved to VMEM first.
 """
 
 import functools
@@ -37,7 +38,7 @@ CHAINS = (
 
 def groups(quick: bool) -> list[Group]:
     """Dense steps of both packages; steps on tables in every mode."""
-    # The leaf does not fit in the fast memory.
+    # The leaf of a full run does not fit in VMEM.
     workloads = {"one leaf, 67.1M": [(2**16 if quick else 2**26,)]}
     if not quick:
         workloads["transformer, 150 leaves, 13.8M"] = transformer()
@@ -70,7 +71,7 @@ COMPILER = Compiler(
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": TOPOLOGIES[chip][1],
         "TPU_WORKER_HOSTNAMES": "localhost",
-        # Only users of a TPU exclude each other; compilers do not.
+        # libtpu lets one process at a time use a TPU. Compilers use none, so several may run.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     },
     targets=tuple(TOPOLOGIES),

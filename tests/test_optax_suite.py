@@ -1,13 +1,13 @@
 """optax's tests of its optimizers, written anew for ours.
 
-They have the targets, rates, dtypes and tolerances of the tests of optax 0.2.8. By file and test of
-optax, the test here:
+They have the targets, rates, dtypes and tolerances of the tests of optax 0.2.8. Under each file of
+optax's tests: the tests in it, and after the arrow our tests.
 
 _src/alias_test
   test_optimization: parabola and Rosenbrock, float32 and complex64, 10,000 steps
-    -> test_reaches_the_optimum. adamw has optax's default weight decay, 1e-4. Ours is that of
-    Keras, 0.004. It moves the optimum of the complex Rosenbrock function by 0.11 (in optax's
-    adamw, by 0.10).
+    -> test_reaches_the_optimum. Here adamw gets optax's default weight decay, 1e-4. Our default
+    is Keras' 0.004, which would move the optimum of the complex Rosenbrock function by 0.11 (in
+    optax's adamw, by 0.10).
   test_optimizers_accept_extra_args -> test_extra_arguments
   test_optimizers_can_be_wrapped_in_inject_hyperparams -> test_injected_hyperparameters
   test_explicit_dtype -> test_explicit_dtype. With two differences: without `m_dtype` a bfloat16
@@ -51,7 +51,7 @@ contrib/_common_test
   the wrappers mechanize, schedule_free and reduce_on_plateau around our optimizers
   -> test_mechanize, test_schedule_free, test_reduce_on_plateau. Not contrib's own optimizers
 contrib/_complex_valued_test -> test_split_real_and_imaginary
-contrib/_sam_test, _src/lookahead_test -> test_lookahead, test_sam
+_src/lookahead_test, contrib/_sam_test -> test_lookahead, test_sam
 
 The other tests are about other things: losses, projections, assignment, linear algebra, line
 searches, perturbations, microbatching, privacy, and optimizers that have no counterpart here.
@@ -144,7 +144,7 @@ def minimized(tx, p, objective, steps, state=None, with_value=False):
 
 
 def assert_near(p, goal):
-    """With the tolerance of optax's tests: 0.03, and 0.03 of the goal."""
+    """With the tolerance of optax's tests: 0.03 plus 0.03 times the goal."""
     for x, y in zip(jax.tree.leaves(p), jax.tree.leaves(goal), strict=True):
         np.testing.assert_allclose(x, y, rtol=3e-2, atol=3e-2)
 
@@ -257,7 +257,7 @@ def test_a_complex_dtype_of_moments_is_refused():
 @each_optimizer
 @pytest.mark.parametrize("x64", [False, True])
 def test_state_is_stable_under_cond(name, x64):
-    """A step returns the shapes and dtypes of its gradients and state, as `lax.cond` requires."""
+    """Updates and the new state have the shapes and dtypes that `lax.cond` requires."""
     narrow = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64)
     with enable_x64(x64):
         dtypes = (jnp.float64, jnp.complex128) if x64 else narrow
@@ -361,7 +361,7 @@ def test_injected_hyperparameters(name):
     plain, injected = make(rate, **keywords), optax.inject_hyperparams(make)(rate, **keywords)
     updates, state = jax.jit(plain.update)(grads, jax.jit(plain.init)(params), params)
     injected_state = jax.jit(injected.init)(params)
-    # optax injects the arguments that are numbers; the other optimizers' eps is None.
+    # optax injects the arguments that are numbers. The default of eps is None in the others.
     eps = {"eps"} if name in ("adamax", "nadam") else set()
     assert set(injected_state.hyperparams) == {"learning_rate", "b1", "b2", *keywords} | eps
     injected_updates, injected_state = jax.jit(injected.update)(grads, injected_state, params)
@@ -841,7 +841,7 @@ def test_get_and_set():
     [("adam", parabola), ("adam", mixed), *((name, rosenbrock) for name in OPTIMIZERS)],
 )
 def test_mechanize(name, target):
-    """contrib's wrapper tunes a rate of 1, and the optimizer reaches the optimum."""
+    """contrib's wrapper scales the updates of rate 1, and the optimizer reaches the optimum."""
     p, goal, objective = target(jnp.float32)
     tx = contrib.mechanize(OPTIMIZERS[name].func(1.0), weight_decay=0.0)
     state = tree_utils.tree_map_params(tx, lambda x: x, tx.init(p))

@@ -33,7 +33,7 @@ from benchmarks.quality import (
     statistics,
     summary,
 )
-from benchmarks.quality.model import PARTS, Model, ranking
+from benchmarks.quality.model import SPLITS, Model, ranking
 from benchmarks.train.options import UserError
 
 
@@ -165,7 +165,7 @@ def test_the_graph_has_the_size_of_recboles():
 @needs_data
 @pytest.mark.slow
 @pytest.mark.parametrize("model", models.MODELS, ids=lambda model: model.name)
-def test_batches_depend_on_the_seed_alone_and_models_have_gradients_and_scores(model):
+def test_batches_depend_on_the_seed_alone_and_models_have_gradients_and_metrics(model):
     model = dataclasses.replace(model, epochs=1, steps=5, batch=8)
     batches, again, others = model.batches(3), model.batches(3), model.batches(4)
     for x, same, other in zip(batches, again, others, strict=True):
@@ -178,10 +178,10 @@ def test_batches_depend_on_the_seed_alone_and_models_have_gradients_and_scores(m
     loss, grads = jax.value_and_grad(model.loss)(params, tuple(x[0, 0] for x in batches))
     assert jnp.isfinite(loss)
     assert any(jnp.abs(grads[table]).max() > 0 for table in model.tables)
-    for part in PARTS:
-        scores = model.scores(params, part)
-        assert set(scores) == set(model.metrics)
-        assert len(scores[model.metrics[0]]) == len(model.reads(part))
+    for split in SPLITS:
+        values = model.metric_values(params, split)
+        assert set(values) == set(model.metrics)
+        assert len(values[model.metrics[0]]) == len(model.reads(split))
 
 
 # --- the contenders -------------------------------------------------------------------------------
@@ -345,14 +345,15 @@ class Toy(Model):
 
     def batches(self, seed):
         rng = np.random.default_rng(seed)
-        return rng.integers(9, size=self.size, dtype=np.int32), rng.normal(size=self.size)
+        shape = self.batches_shape
+        return rng.integers(9, size=shape, dtype=np.int32), rng.normal(size=shape)
 
-    def examples(self, part):
-        rng = np.random.default_rng(PARTS.index(part))
+    def examples(self, split):
+        rng = np.random.default_rng(SPLITS.index(split))
         return rng.integers(9, size=200, dtype=np.int32), rng.normal(size=200)
 
-    def reads(self, part):
-        return self.held_out[part][0] * 10
+    def reads(self, split):
+        return self.held_out[split][0] * 10
 
     def loss(self, params, batch):
         return jnp.mean(self.evaluate(params, *batch)["loss"])

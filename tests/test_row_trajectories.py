@@ -1,8 +1,8 @@
 """Ten steps with row gradients, compared with those of other systems; see data/README.md.
 
 The table `bert/emb` has 7 rows, of which row 6 never gets a row gradient. In mode `uniq` a step's
-indices are distinct, in `dup` some are repeated, in `mix` steps 1, 3, ... have dense gradients and
-the others those of `dup`.
+indices are distinct. In `dup` some are repeated. In `mix` the first, third, ... step has a dense
+gradient, and the others have the row gradients of `dup`.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ ORACLE = Oracle("keras_rows_f64.npz")
 ROWS = Oracle.load("keras_rows_f64.npz")
 NUM_ROWS = 7
 
-# The lazy system's names of optimizers, and ours.
+# Our names of the lazy system's optimizers.
 LAZY = {"lazyadam": "adam", "lazyamsgrad": "amsgrad"}
 
-NO_V_MAX = "LazyAdam of TensorFlow Addons divides by sqrt(v), not by sqrt(v_max), in its rows"
+NO_V_MAX = "with a row gradient, LazyAdam of TensorFlow Addons divides by sqrt(v), not sqrt(v_max)"
 
 CLIPS = ("clipvalue", "clipnorm", "valnorm", "global")
 
@@ -44,7 +44,7 @@ CLIPS = ("clipvalue", "clipnorm", "valnorm", "global")
 # The functions below that take (system, name, variant, mode) get the four parts of a case's name.
 
 
-def not_applicable(system, name, variant, mode):
+def reason_to_skip(system, name, variant, mode):
     """Why a case cannot agree, or None."""
     if (system, variant) == ("k3jax", "emafreq"):
         return WHY_NOT_K3JAX_EMAFREQ
@@ -52,10 +52,10 @@ def not_applicable(system, name, variant, mode):
 
 
 def clips_first(system, name, variant, mode):
-    """Whether the case's system clips the rows before it sums equal rows.
+    """Whether the case's system clips row gradients before it sums the rows of a repeated index.
 
-    We sum first, so our clip is that of the dense gradient. In such a case our optimizer has no
-    clip, and gets gradients that are already clipped.
+    adamjax sums first, so it clips the dense gradient. In such a case our optimizer has no clip,
+    and gets gradients that are already clipped.
     """
     return system in ("legacy", "new") and variant in CLIPS and mode != "uniq"
 
@@ -70,13 +70,13 @@ def cases(selects=lambda system, name, variant, mode: True):
     for case in ORACLE.weights:
         if not selects(*case.split("|")):
             continue
-        reason = not_applicable(*case.split("|"))
+        reason = reason_to_skip(*case.split("|"))
         marks = [pytest.mark.skip(reason=reason)] if reason else []
         yield pytest.param(case, marks=marks, id=case.replace("|", "-"))
 
 
 def table_gradient(mode, t):
-    """Indices (None if it is dense) and values of the table's gradient in step t."""
+    """Indices (None if it is dense) and values of the table's gradient; the first step has t=0."""
     if mode == "mix" and t % 2 == 0:
         return None, ORACLE.grads["bert"]["emb"][t]
     kind = "dup" if mode == "mix" else mode
@@ -84,7 +84,7 @@ def table_gradient(mode, t):
 
 
 def dense_gradient(mode, t):
-    """The table's gradient in step t with equal rows summed, in NumPy."""
+    """The table's dense gradient in NumPy: the rows of a repeated index are summed."""
     indices, values = table_gradient(mode, t)
     if indices is None:
         return values
@@ -102,12 +102,12 @@ def clipped(variant, *grads):
     return reference.clip_by_global_norm(grads, 0.7) if variant == "global" else grads
 
 
-def gradients(mode, clipped_as=None):
-    """A function from a step's index to its gradients, after a variant's clips if one is named."""
+def gradients(mode, clip_variant=None):
+    """A function from a step's index to its gradients, clipped as in `clip_variant`."""
 
     def at(t):
         indices, values = table_gradient(mode, t)
-        values, b = clipped(clipped_as, values, ORACLE.grads["head"]["kernel"][t])
+        values, b = clipped(clip_variant, values, ORACLE.grads["head"]["kernel"][t])
         if indices is not None:
             values = adamjax.row_gradient(jnp.asarray(indices), jnp.asarray(values), NUM_ROWS)
         return ORACLE.tree(values, b)
@@ -115,7 +115,7 @@ def gradients(mode, clipped_as=None):
     return at
 
 
-def prepared(case):
+def optimizer_and_gradients(case):
     """The optimizer of a case, and the function from a step's index to its gradients."""
     system, name, variant, mode = case.split("|")
     clip_first = clips_first(*case.split("|"))
@@ -143,7 +143,7 @@ def is_mixed(system, name, variant, mode):
 )
 @pytest.mark.slow
 def test_ten_steps_follow_those_of_other_systems(case, precision):
-    tx, grads = prepared(case)
+    tx, grads = optimizer_and_gradients(case)
     weights, averaged, _ = run(tx, ORACLE.start, grads, precision)
     ORACLE.assert_case(case, weights, averaged, precision)
 
@@ -151,27 +151,28 @@ def test_ten_steps_follow_those_of_other_systems(case, precision):
 # --- exact rows -----------------------------------------------------------------------------------
 
 
-def is_exact(system, name, variant, mode):
-    """Whether all rows move as with dense gradients, and an average never moves the weights."""
+def exact_rows_applies(system, name, variant, mode):
+    """Whether rows move as with dense gradients, and no average overwrites the weights."""
     return not is_lazy(system, name) and variant != "emafreq"
 
 
-# A clip comes before the rule, so each clip is tested with one rule only.
-CLIPPED = {("adam", "clipvalue"), ("amsgrad", "clipnorm"), ("adamax", "global")}
+# A clip acts before the rule and alike for all rules, so each clip is tested with one rule only.
+RULE_OF_CLIP = {"clipvalue": "adam", "clipnorm": "amsgrad", "global": "adamax"}
 
 
 def differs_under_exact_rows(system, name, variant, mode):
     """Whether a case tests something in `exact_rows` that the other cases do not test.
 
-    The cases of the legacy system differ from those of the new one only by hyperparameters that are
-    rounded to float32. AdamW differs from Adam only by its decay. Distinct and repeated indices
-    make no difference. In the mode `mix`, every other step reads all rows; it is tested with the
-    variant in which such a step has a dense gradient (see `has_dense_gradient`).
+    The legacy system is left out: it only rounds the betas to float32, its `decay` is the schedule
+    of `sched`, and its `valnorm` is two of the clips in turn. AdamW differs from Adam only by its
+    decay. Distinct and repeated indices make no difference. In the mode `mix`, every other step
+    reads all rows; it is tested with the variant in which such a step has a dense gradient (see
+    `has_dense_gradient`).
     """
-    if not is_exact(system, name, variant, mode) or system == "legacy":
+    if not exact_rows_applies(system, name, variant, mode) or system == "legacy":
         return False
     if variant in CLIPS:
-        return system == "new" and mode == "uniq" and (name, variant) in CLIPPED
+        return system == "new" and mode == "uniq" and RULE_OF_CLIP.get(variant) == name
     if name == "adamw" and variant in ("hyper", "sched"):
         return False
     return mode == "dup" or (mode == "mix" and variant == "default")
@@ -214,7 +215,7 @@ def padded(g):
 @pytest.mark.slow
 def test_exact_rows_follows_other_systems(case):
     precision = "float64"
-    tx, grads = prepared(case)
+    tx, grads = optimizer_and_gradients(case)
     tx = adamjax.exact_rows(tx, "emb", history=512)
     with enable_x64():
         params = in_precision(ORACLE.start, precision)
@@ -251,7 +252,7 @@ def test_the_file_has_all_cases():
 
 
 @pytest.mark.parametrize("variant", CLIPS)
-def test_a_clip_before_the_sum_of_equal_rows_differs_from_one_after_it(variant):
+def test_a_clip_before_rows_are_summed_differs_from_one_after_it(variant):
     """So `test_ten_steps_follow_those_of_other_systems` shows that the systems clip first."""
 
     def summed(values, t):
@@ -267,7 +268,10 @@ def test_a_clip_before_the_sum_of_equal_rows_differs_from_one_after_it(variant):
 
 
 def lazy_amsgrad(mode, variant, with_max):
-    """The weights of the table after each step of a lazy AMSGrad, in NumPy."""
+    """The weights of the table after each step of a lazy AMSGrad, in NumPy.
+
+    Without `with_max`, steps with a row gradient neither use nor update v_max.
+    """
     settings = VARIANTS[variant]
     rate, b1, b2 = map(rounded, (settings.learning_rate, settings.b1, settings.b2))
     p = ORACLE.start["bert"]["emb"].copy()
@@ -277,12 +281,12 @@ def lazy_amsgrad(mode, variant, with_max):
         rows = np.arange(NUM_ROWS) if indices is None else np.unique(indices)
         m[rows] = b1 * m[rows] + (1 - b1) * g[rows]
         v[rows] = b2 * v[rows] + (1 - b2) * g[rows] ** 2
-        size = v
+        v_in_divisor = v
         if with_max or indices is None:
             v_max[rows] = np.maximum(v_max[rows], v[rows])
-            size = v_max
+            v_in_divisor = v_max
         step = rate * np.sqrt(1 - b2 ** (t + 1)) / (1 - b1 ** (t + 1))
-        p[rows] -= step * m[rows] / (np.sqrt(size[rows]) + settings.eps)
+        p[rows] -= step * m[rows] / (np.sqrt(v_in_divisor[rows]) + settings.eps)
         weights.append(p.copy())
     return np.stack(weights)
 
@@ -290,12 +294,12 @@ def lazy_amsgrad(mode, variant, with_max):
 @pytest.mark.parametrize("mode", ["uniq", "dup", "mix"])
 @pytest.mark.parametrize("variant", ["default", "hyper"])
 def test_lazy_amsgrad_of_tensorflow_addons_does_not_use_v_max_in_rows(variant, mode):
-    """A lazy AMSGrad without v_max in row steps matches the system; one with v_max matches us."""
+    """`lazy_amsgrad` matches the system without v_max in these steps, and adamjax with it."""
     case = f"lazy|lazyamsgrad|{variant}|{mode}"
     start, theirs = ORACLE.start["bert"]["emb"], ORACLE.weights[case]["bert"]["emb"]
     without_v_max = lazy_amsgrad(mode, variant, with_max=False)
     assert_follows(without_v_max, theirs, start, precision="float64", tolerance=1e-12)
-    tx, grads = prepared(case)
+    tx, grads = optimizer_and_gradients(case)
     ours, _, _ = run(tx, ORACLE.start, grads, "float64")
     with_v_max = lazy_amsgrad(mode, variant, with_max=True)
     assert_follows(ours["bert"]["emb"], with_v_max, start, precision="float64", tolerance=1e-12)

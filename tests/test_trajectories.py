@@ -1,4 +1,4 @@
-"""Ten steps through the public API, compared with those of other systems and of the references.
+"""Ten steps through the public API, compared with other systems and with `reference.py`.
 
 The systems' trajectories, and their known roundings and faults, are described in data/README.md.
 """
@@ -66,9 +66,10 @@ def test_keras_3_starts_its_average_at_the_weights_after_step_1():
         np.testing.assert_allclose(average[0], expected, rtol=1e-7)
 
 
-# --- the references -------------------------------------------------------------------------------
+# --- reference.py ---------------------------------------------------------------------------------
 
-# By case: the name of both the optimizer and its reference, and the options of both.
+# By test id: the name of both the optimizer and its function in reference.py, and the options of
+# both.
 RULES = {
     "adam-eps_hat": ("adam", {"eps_hat": 1e-7}),
     "adam-eps": ("adam", {"eps": 1e-8}),
@@ -87,8 +88,9 @@ SCALES = {"1e-9": 1e-9, "1e-4": 1e-4, "1": 1.0, "1e4": 1e4}
 def wide_range(seed=0):
     """Start values and gradients. Each leaf tests another range; a third of its gradients are 0.
 
-    A leaf of small gradients is judged by its own small displacement. Most leaves start at zero,
-    where the ulps of the parameters hide nothing.
+    The error of each leaf is measured relative to that leaf's own displacement, also if that is
+    tiny. Most leaves start at zero, so that parameters are rounded relative to their displacement.
+    "mixed from one" starts at 1.
     """
     rng = np.random.default_rng(seed)
     shape = (STEPS, 4, 8)

@@ -17,7 +17,7 @@ __all__ = ["Order", "expect_order", "last_word", "leaf_order"]
 # A user's order: the paths in the order of the parameters, or by the names of the parameters.
 Order = Sequence[str | None] | Mapping[str, str | None] | None
 
-# Last words of parameters' names, and the words for them in another system.
+# By the last word of a parameter's name: the synonym that replaces it before names are compared.
 _SYNONYMS = {
     **dict.fromkeys(("kernel", "embedding", "embeddings", "scale", "gamma"), "weight"),
     "beta": "bias",
@@ -38,7 +38,7 @@ def _with_synonym(words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _ends_alike(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    """Whether two names are equal, or one ends in the other, which has a word that is no number."""
+    """Whether names are equal, or one ends in all words of the other, which are not all numbers."""
     n = min(len(a), len(b))
     end = a[len(a) - n :]
     return a == b or (end == b[len(b) - n :] and not all(word.isdecimal() for word in end))
@@ -69,7 +69,7 @@ def _paths_of_names(names: Sequence[str], paths: Sequence[str]) -> list[str] | N
 
 
 def expect_order(owner: str, order: Any) -> None:
-    """Refuses an order that is neither a list nor a mapping: text, a number, a generator, a set."""
+    """Refuses an order that is no list or mapping (such as a set) or has entries of other types."""
     is_unordered = isinstance(order, AbstractSet) and not isinstance(order, Reversible)
     if order is not None and (
         not isinstance(order, Collection) or isinstance(order, str | bytes) or is_unordered
@@ -83,8 +83,8 @@ def expect_order(owner: str, order: Any) -> None:
     if wrong:
         raise TypeError(
             f"{owner}: order has an entry of type {type(wrong[0]).__name__}, expected paths of "
-            "your leaves, or None for a parameter that has no leaf; for Keras' own paths, "
-            "[v.path for v in model.trainable_variables]"
+            "your leaves, or None for a parameter that has no leaf. If your leaves have the paths "
+            "of Keras' variables, give [v.path for v in model.trainable_variables]"
         )
 
 
@@ -109,7 +109,7 @@ def leaf_order(
       shapes: the shapes of the system's parameters in order, if they are known.
       may_reshape: whether a user's function may change the shape of an array in any way.
       has_arrays: whether the system has an array of each parameter, whose shape is compared later.
-      order_fault: why the names may not be in the order of the parameters; empty if they are.
+      order_fault: why the order of `names` may differ from that of the parameters; empty if not.
 
     Raises:
       TypeError: `order` is no list, and no mapping from names.
@@ -122,8 +122,11 @@ def leaf_order(
         leaves = {path: leaves[path] for path in sorted(leaves, key=_numbers_of_path)}
     all_paths = list(leaves)
 
-    def expect_same_order(paths: Sequence[str]) -> None:
-        """Refuses leaves in the order of the names if it may be wrong and shapes do not show it."""
+    def expect_reliable_order(paths: Sequence[str]) -> None:
+        """Refuses to match leaves and names by their places if leaves could be swapped unnoticed.
+
+        They could be if the names may be in a wrong order and several leaves have one shape.
+        """
         # `shapes` has the shapes of parameters that the order leaves out too.
         all_shapes = [np.shape(leaves[path]) for path in paths] if shapes is None else shapes
         kinds = [_kind_of_shape(shape, may_reshape) for shape in all_shapes]
@@ -143,14 +146,14 @@ def leaf_order(
     if order is None:
         if names is None and check:
             alike = _of_one_shape(leaves, may_reshape)
-            _expect_one_order(owner, system, leaves, alike, has_arrays)
+            _expect_shapes_tell_leaves_apart(owner, system, leaves, alike, has_arrays)
         if names is None or len(names) != len(all_paths):
             return list(all_paths)
         paths_of_names = _paths_of_names(names, all_paths)
         if paths_of_names is not None:
             return list(paths_of_names)
         if _are_numbers(all_paths):
-            expect_same_order(all_paths)
+            expect_reliable_order(all_paths)
             return list(all_paths)
         alike = _of_one_shape(leaves, may_reshape)
         return list(
@@ -172,7 +175,7 @@ def leaf_order(
         used_names = [name for name, path in zip(names, order, strict=True) if path is not None]
         expected = _paths_of_names(used_names, given)
         if expected is None and not by_name:
-            expect_same_order(given)
+            expect_reliable_order(given)
         for name, path, named_path in zip(used_names, given, expected or given, strict=True):
             if path != named_path:
                 raise ValueError(
@@ -195,6 +198,7 @@ def _listed_order(
             )
         if not all(isinstance(name, str) for name in order):
             raise TypeError(f"{fault} a list of paths, or a dictionary from names to paths")
+        # The keys of the mapping may be shorter than the names, or have synonyms of their words.
         keys = list(names) if set(names) == set(order) else _paths_of_names(names, list(order))
         if keys is None or len(keys) != len(order):
             raise ValueError(
@@ -216,7 +220,7 @@ def _order_of_shapes(
     has_arrays: bool,
     alike: list[str],
 ) -> list[str]:
-    """The paths of the leaves in the order of names that do not match them: by their shapes."""
+    """The paths of the leaves in the order of `names`, which match no paths: found by shapes."""
     all_paths = list(leaves)
     if not check:
         return all_paths
@@ -251,17 +255,17 @@ def _kind_of_shape(shape: tuple[int, ...], may_reshape: bool) -> tuple[int, ...]
 
 
 def _of_one_shape(leaves: Mapping[str, Any], may_reshape: bool) -> list[str]:
-    """The paths of some leaves whose shapes may be equal in the other system, if there are any."""
+    """The first leaves whose shapes may be equal in the other system; empty if none may be."""
     by_kind: dict[tuple[int, ...], list[str]] = {}
     for path, x in leaves.items():
         by_kind.setdefault(_kind_of_shape(np.shape(x), may_reshape), []).append(path)
     return next((paths for paths in by_kind.values() if len(paths) > 1), [])
 
 
-def _expect_one_order(
+def _expect_shapes_tell_leaves_apart(
     owner: str, system: str, leaves: Mapping[str, Any], alike: list[str], has_arrays: bool
 ) -> None:
-    """Refuses named leaves for parameters without names, if shapes do not show which is which."""
+    """Refuses named leaves for parameters without names, unless shapes show which is which."""
     shapes = {np.shape(leaves[path]) for path in alike}
     same = "shape, but for the order of dimensions" if len(shapes) > 1 else "shape"
     same = "size" if len({tuple(sorted(shape)) for shape in shapes}) > 1 else same

@@ -12,29 +12,29 @@ import numpy as np
 
 Params = dict[str, Any]
 Batches = tuple[np.ndarray, ...]
-PARTS = ("validation", "test")
+SPLITS = ("validation", "test")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model and its data: parameters, loss, batches, and scores on held-out examples."""
+    """A model and its data: parameters, loss, batches, and metrics on held-out examples."""
 
     epochs: int  # after each, the model is evaluated
     steps: int  # of an epoch
     batch: int  # examples of a step
     width: int = 16  # of the tables
-    # The wrong answers drawn in training, for each right one (for each batch in `NextWord`).
-    drawn: int = 4
+    # The wrong answers that are drawn for each right one (for each batch in `NextWord`).
+    num_negatives: int = 4
 
     name = ""
-    data = ""
+    data = ""  # the name of the data set
     tables: ClassVar[tuple[str, ...]] = ()  # names of parameters
-    # The rate is chosen by the first one.
+    # The learning rate is the one with the best value of the first metric.
     metrics: ClassVar[tuple[str, ...]] = ("HR@10", "NDCG@10")
 
     @property
-    def size(self) -> tuple[int, int, int]:
-        """The shape of the batches: epochs, steps, examples."""
+    def batches_shape(self) -> tuple[int, int, int]:
+        """The first dimensions of the arrays of `batches`: epochs, steps, examples."""
         return self.epochs, self.steps, self.batch
 
     def init(self, key: jax.Array) -> Params:
@@ -44,39 +44,38 @@ class Model:
         raise NotImplementedError
 
     def batches(self, seed: int) -> Batches:
-        """Arrays [epochs, steps, batch, ...], the same for every contender."""
+        """The batches of a run: arrays [epochs, steps, batch, ...], the same for all contenders."""
         raise NotImplementedError
 
-    def examples(self, part: str) -> tuple[np.ndarray, ...]:
-        """The examples of a split, which `evaluate` is called with."""
+    def examples(self, split: str) -> tuple[np.ndarray, ...]:
+        """The arguments of `evaluate` for a split: all its examples."""
         raise NotImplementedError
 
     def evaluate(self, params: Params, *examples: Any) -> dict[str, jax.Array]:
         """Each metric, for each example; this is jitted."""
         raise NotImplementedError
 
-    def reads(self, part: str) -> np.ndarray:
-        """How often the row of each example's right answer is in the training data."""
+    def reads(self, split: str) -> np.ndarray:
+        """For each example of a split, how often its item, word or rarer entity is trained on."""
         raise NotImplementedError
 
     @functools.cached_property
-    def start(self) -> Callable[[jax.Array], Params]:
-        """`init`, compiled."""
+    def jitted_init(self) -> Callable[[jax.Array], Params]:
         return jax.jit(self.init)
 
     @functools.cached_property
-    def _evaluated(self) -> Callable[..., dict[str, jax.Array]]:
+    def _jitted_evaluate(self) -> Callable[..., dict[str, jax.Array]]:
         return jax.jit(self.evaluate)
 
     @functools.cached_property
     def held_out(self) -> dict[str, tuple[np.ndarray, ...]]:
         """The examples of both splits."""
-        return {part: self.examples(part) for part in PARTS}
+        return {split: self.examples(split) for split in SPLITS}
 
-    def scores(self, params: Params, part: str) -> dict[str, np.ndarray]:
+    def metric_values(self, params: Params, split: str) -> dict[str, np.ndarray]:
         """Each metric, for each example of a split."""
-        scores = self._evaluated(params, *self.held_out[part])
-        return {name: np.asarray(x) for name, x in scores.items()}
+        values = self._jitted_evaluate(params, *self.held_out[split])
+        return {name: np.asarray(x) for name, x in values.items()}
 
 
 class Ranker(Model):
@@ -94,11 +93,11 @@ class Ranker(Model):
 # --- what several models use ----------------------------------------------------------------------
 
 
-def drawn_rows(rng: np.random.Generator, count: int, size: tuple[int, ...]) -> np.ndarray:
-    """int32[*size], numbers of examples: passes over all of them, each in a new random order."""
-    passes = -(-math.prod(size) // count)
+def shuffled_indices(rng: np.random.Generator, count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """int32[*shape], indices of `count` examples: all of them in random order, again and again."""
+    passes = -(-math.prod(shape) // count)
     order = np.concatenate([rng.permutation(count) for _ in range(passes)])
-    return order[: math.prod(size)].reshape(size).astype(np.int32)
+    return order[: math.prod(shape)].reshape(shape).astype(np.int32)
 
 
 def ranking(scores: jax.Array) -> dict[str, jax.Array]:
@@ -117,13 +116,13 @@ def ranking(scores: jax.Array) -> dict[str, jax.Array]:
 
 
 def click_loss(scores: jax.Array) -> jax.Array:
-    """The log loss of scores of which the first in each line belongs to the right answer."""
+    """The logistic loss of scores [..., 1 + negatives]; the first one is the right answer's."""
     right, wrong = scores[..., 0], scores[..., 1:]
     return jax.nn.softplus(-right).mean() + jax.nn.softplus(wrong).sum(-1).mean()
 
 
 def choice_loss(scores: jax.Array) -> jax.Array:
-    """The softmax loss of scores of which the first in each line belongs to the right answer."""
+    """The softmax loss of scores [..., candidates]; the first one is the right answer's."""
     return (jax.nn.logsumexp(scores, axis=-1) - scores[..., 0]).mean()
 
 

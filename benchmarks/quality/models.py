@@ -10,6 +10,6 @@ MODELS: tuple[Model, ...] = (
     TwoTowers(epochs=6, steps=766, batch=128),
     Sequence(epochs=4, steps=766, batch=128),
     DistMult(epochs=4, steps=500, batch=256),
-    SkipGram(epochs=3, steps=1000, batch=256, drawn=5),
-    NextWord(epochs=3, steps=1000, batch=256, drawn=256),
+    SkipGram(epochs=3, steps=1000, batch=256, num_negatives=5),
+    NextWord(epochs=3, steps=1000, batch=256, num_negatives=256),
 )

@@ -9,16 +9,16 @@ import numpy as np
 
 from benchmarks.quality import data
 from benchmarks.quality.model import (
-    PARTS,
+    SPLITS,
     Batches,
     Params,
     Ranker,
     apply,
     choice_loss,
     click_loss,
-    drawn_rows,
     layer,
     normal,
+    shuffled_indices,
 )
 
 
@@ -33,20 +33,20 @@ class Recommender(Ranker):
     def batches(self, seed: int) -> Batches:
         """Users [...], and items [..., 1 + drawn], the right one first."""
         ratings, rng = data.ratings(), np.random.default_rng(seed)
-        rows = drawn_rows(rng, len(ratings.training), self.size)
+        rows = shuffled_indices(rng, len(ratings.training), self.batches_shape)
         users, items = ratings.training[rows, 0], ratings.training[rows, 1]
-        others = ratings.unrated(rng, users, self.drawn)
+        others = ratings.unrated(rng, users, self.num_negatives)
         return users, np.concatenate([items[..., None], others], -1)
 
-    def examples(self, part: str) -> tuple[np.ndarray, ...]:
+    def examples(self, split: str) -> tuple[np.ndarray, ...]:
         ratings = data.ratings()
-        right = getattr(ratings, part)[:, 1:]
+        right = getattr(ratings, split)[:, 1:]
         users = np.arange(ratings.users, dtype=np.int32)
         return users, np.concatenate([right, ratings.negatives], 1)
 
-    def reads(self, part: str) -> np.ndarray:
+    def reads(self, split: str) -> np.ndarray:
         ratings = data.ratings()
-        return ratings.item_counts[getattr(ratings, part)[:, 1]]
+        return ratings.item_counts[getattr(ratings, split)[:, 1]]
 
     def loss(self, params: Params, batch: Any) -> jax.Array:
         return click_loss(self.score(params, *batch))
@@ -178,12 +178,14 @@ class Sequence(Recommender):
 
     def batches(self, seed: int) -> Batches:
         windows = self.windows[0]
-        rows = drawn_rows(np.random.default_rng(seed), len(windows), self.size)  # as of the items
+        # The same seed as for the items gives the same rows.
+        rng = np.random.default_rng(seed)
+        rows = shuffled_indices(rng, len(windows), self.batches_shape)
         return windows[rows], super().batches(seed)[1]
 
-    def examples(self, part: str) -> tuple[np.ndarray, ...]:
-        _, items = super().examples(part)
-        return self.windows[1 + PARTS.index(part)], items
+    def examples(self, split: str) -> tuple[np.ndarray, ...]:
+        _, items = super().examples(split)
+        return self.windows[1 + SPLITS.index(split)], items
 
     def score(self, params: Params, before: Any, items: Any) -> jax.Array:
         """A user is the items before, int32[n, window]."""
@@ -220,17 +222,18 @@ class DistMult(Ranker):
     def batches(self, seed: int) -> Batches:
         """Given entities, relations, and candidates for the other entity, the right one first."""
         graph, rng = data.graph(), np.random.default_rng(seed)
-        facts = graph.training[drawn_rows(rng, len(graph.training), self.size)]
-        is_tail = rng.random(self.size) < 0.5
+        facts = graph.training[shuffled_indices(rng, len(graph.training), self.batches_shape)]
+        is_tail = rng.random(self.batches_shape) < 0.5
         given, right = (np.where(is_tail, facts[..., i], facts[..., 2 - i]) for i in (0, 2))
-        others = rng.integers(graph.entities, size=(*self.size, self.drawn), dtype=np.int32)
+        others_shape = (*self.batches_shape, self.num_negatives)
+        others = rng.integers(graph.entities, size=others_shape, dtype=np.int32)
         return given, facts[..., 1], np.concatenate([right[..., None], others], -1)
 
-    def examples(self, part: str) -> tuple[np.ndarray, ...]:
+    def examples(self, split: str) -> tuple[np.ndarray, ...]:
         graph = data.graph()
-        facts = getattr(graph, part)
+        facts = getattr(graph, split)
         known = np.flatnonzero(graph.entity_counts).astype(np.int32)
-        rng = np.random.default_rng(PARTS.index(part))
+        rng = np.random.default_rng(SPLITS.index(split))
         others = rng.choice(known, (len(facts), 99))
         # A fact with a drawn entity may be true; such an entity is drawn again.
         facts_of_all = np.concatenate([graph.training, graph.validation, graph.test]).astype(
@@ -247,9 +250,9 @@ class DistMult(Ranker):
             others[wrong] = rng.choice(known, int(wrong.sum()))
         return facts[:, 0], facts[:, 1], np.concatenate([facts[:, 2:], others], 1)
 
-    def reads(self, part: str) -> np.ndarray:
+    def reads(self, split: str) -> np.ndarray:
         graph = data.graph()
-        return graph.entity_counts[getattr(graph, part)[:, [0, 2]]].min(1)
+        return graph.entity_counts[getattr(graph, split)[:, [0, 2]]].min(1)
 
     def score(self, params: Params, given: Any, relations: Any, candidates: Any) -> jax.Array:
         product = params["entity"][given] * params["relation"][relations]

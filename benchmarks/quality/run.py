@@ -61,26 +61,27 @@ class Program:
         """
         model = self.model
         seconds, curve = [], []
-        for time_of_epoch, params in self.train(rate, model.start(jax.random.key(seed)), batches):
+        start = model.jitted_init(jax.random.key(seed))
+        for time_of_epoch, params in self.train(rate, start, batches):
             seconds.append(round(time_of_epoch, 4))
-            scores = model.scores(params, "test")
-            curve.append(means(scores))
-        validation = means(model.scores(params, "validation"))
-        groups = by_group(scores, model.reads("test"))
+            values = model.metric_values(params, "test")
+            curve.append(means(values))
+        validation = means(model.metric_values(params, "validation"))
+        groups = by_group(values, model.reads("test"))
         return {"seconds": seconds, "test": curve, "validation": validation, "groups": groups}
 
 
-def means(scores: dict[str, np.ndarray]) -> dict[str, float]:
-    return {name: float(x.mean(dtype=np.float64)) for name, x in scores.items()}
+def means(values: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(x.mean(dtype=np.float64)) for name, x in values.items()}
 
 
-def by_group(scores: dict[str, np.ndarray], reads: np.ndarray) -> dict[str, list[float | None]]:
+def by_group(values: dict[str, np.ndarray], reads: np.ndarray) -> dict[str, list[float | None]]:
     """The mean of each metric in each group of `READS`, for metrics with a value per example."""
     groups = np.array([group(n) for n in reads])
     numbers = range(len(READS) + 1)
     return {
         name: [float(x[groups == i].mean()) if (groups == i).any() else None for i in numbers]
-        for name, x in scores.items()
+        for name, x in values.items()
         if len(x) == len(groups)
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.quality import data
 from benchmarks.quality.model import (
-    PARTS,
+    SPLITS,
     Batches,
     Model,
     Params,
@@ -82,19 +82,19 @@ class SkipGram(Model):
     def batches(self, seed: int) -> Batches:
         """Words, and candidates for a word near each, the right one first."""
         rng = np.random.default_rng(seed)
-        pairs = self.drawn_pairs(rng, data.text().training, math.prod(self.size))
-        words, around = (x.reshape(self.size) for x in pairs)
-        others = drawn_words(rng, 0.75, (*self.size, self.drawn))
+        pairs = self.drawn_pairs(rng, data.text().training, math.prod(self.batches_shape))
+        words, around = (x.reshape(self.batches_shape) for x in pairs)
+        others = drawn_words(rng, 0.75, (*self.batches_shape, self.num_negatives))
         return words, np.concatenate([around[..., None], others], -1)
 
-    def examples(self, part: str) -> tuple[np.ndarray, ...]:
-        rng = np.random.default_rng(PARTS.index(part))
-        words, around = self.drawn_pairs(rng, data.held_out()[PARTS.index(part)], self.pairs)
-        others = drawn_words(rng, 0.75, (self.pairs, self.drawn))
+    def examples(self, split: str) -> tuple[np.ndarray, ...]:
+        rng = np.random.default_rng(SPLITS.index(split))
+        words, around = self.drawn_pairs(rng, data.held_out()[SPLITS.index(split)], self.pairs)
+        others = drawn_words(rng, 0.75, (self.pairs, self.num_negatives))
         return words, np.concatenate([around[:, None], others], 1)
 
-    def reads(self, part: str) -> np.ndarray:
-        return word_counts()[self.held_out[part][0]]
+    def reads(self, split: str) -> np.ndarray:
+        return word_counts()[self.held_out[split][0]]
 
     def score(self, params: Params, words: Any, around: Any) -> jax.Array:
         return jnp.einsum("nd,nkd->nk", params["word"][words], params["around"][around])
@@ -174,9 +174,10 @@ class NextWord(Model):
     def batches(self, seed: int) -> Batches:
         """The words before, the next word, and the drawn words."""
         rng = np.random.default_rng(seed)
-        before, word = self.drawn_windows(rng, data.text().training, math.prod(self.size))
-        drawn = drawn_words(rng, 1.0, (self.epochs, self.steps, self.drawn))
-        return before.reshape(*self.size, self.window), word.reshape(self.size), drawn
+        before, word = self.drawn_windows(rng, data.text().training, math.prod(self.batches_shape))
+        drawn = drawn_words(rng, 1.0, (self.epochs, self.steps, self.num_negatives))
+        before = before.reshape(*self.batches_shape, self.window)
+        return before, word.reshape(self.batches_shape), drawn
 
     def features(self, params: Params, before: Any) -> jax.Array:
         x = params["word"][before].reshape(len(before), -1)
@@ -187,19 +188,19 @@ class NextWord(Model):
         before, word, drawn = batch
         x = self.features(params, before)
         counts = word_counts()
-        expected = jnp.asarray(np.log(self.drawn * counts.clip(1) / counts.sum()), x.dtype)
+        expected = jnp.asarray(np.log(self.num_negatives * counts.clip(1) / counts.sum()), x.dtype)
         right = jnp.sum(x * params["output"][word], 1) - expected[word]
         others = x @ params["output"][drawn].T - expected[drawn]
         others = jnp.where(drawn == word[:, None], -jnp.inf, others)
         scores = jnp.concatenate([right[:, None], others], 1)
         return choice_loss(scores)
 
-    def examples(self, part: str) -> tuple[np.ndarray, ...]:
-        rng = np.random.default_rng(PARTS.index(part))
-        return self.drawn_windows(rng, data.held_out()[PARTS.index(part)], self.windows)
+    def examples(self, split: str) -> tuple[np.ndarray, ...]:
+        rng = np.random.default_rng(SPLITS.index(split))
+        return self.drawn_windows(rng, data.held_out()[SPLITS.index(split)], self.windows)
 
-    def reads(self, part: str) -> np.ndarray:
-        return word_counts()[self.held_out[part][1]]
+    def reads(self, split: str) -> np.ndarray:
+        return word_counts()[self.held_out[split][1]]
 
     def evaluate(self, params: Params, *examples: Any) -> dict[str, jax.Array]:
         before, word = examples
