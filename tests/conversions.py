@@ -306,7 +306,7 @@ def state_after(tx, n, params=None, **extra_args):
 
 
 # In the error for two optimizers whose steps differ.
-STEPS_DIFFER = "tx moves an element"
+STEPS_DIFFER = "tx moves an element|becomes different"
 
 
 # --- variables of Keras ---------------------------------------------------------------------------

@@ -1364,6 +1364,62 @@ def test_a_rate_that_falls_below_0_in_a_part_with_another_count_hides_nothing():
         convert.from_optax(old, ours, TWO_LEAVES, theirs)
 
 
+def starts_at(count):
+    return jnp.where(count < 100, 0.0, 1.0)
+
+
+# For each case: the transforms of optax and adamjax for a leaf. All updates are the same at first,
+# but the moments are not.
+DIFFERENT_MOMENTS = {
+    "a delayed gradient and a delayed rate": (
+        optax.chain(optax.scale_by_schedule(starts_at), optax.adam(0.1)),
+        adam_like_optax(lambda count: 0.1 * starts_at(count)),
+    ),
+    "a delayed rate and a delayed gradient": (
+        optax.adam(lambda count: 0.1 * starts_at(count)),
+        adamjax.chain(
+            adamjax.scale(-1.0), adamjax.scale_by_learning_rate(starts_at), adam_like_optax()
+        ),
+    ),
+    "a factor of gradients that drops": (
+        optax.chain(
+            optax.scale_by_schedule(optax.piecewise_constant_schedule(1.0, {1000: 0.1})),
+            optax.adam(0.1),
+        ),
+        adam_like_optax(),
+    ),
+    "a b2 that changes": (
+        optax.inject_hyperparams(optax.adam)(
+            0.1, b2=lambda count: jnp.where(count < 300, 0.999, 0.9999)
+        ),
+        adam_like_optax(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT_MOMENTS)
+def test_moments_are_compared_where_updates_do_not_show_a_difference(name):
+    theirs, ours = DIFFERENT_MOMENTS[name]
+    for a, b in ((theirs, ours), (optax.adam(0.1), adam_like_optax())):
+        both = (
+            optax.multi_transform({"a": a, "b": optax.adam(0.1)}, {"a": "a", "b": "b"}),
+            adamjax.partition([("a", b)], default=adam_like_optax()),
+        )
+        if a is not theirs:
+            convert.from_optax(both[0].init(TWO_LEAVES), both[1], TWO_LEAVES, both[0])
+            continue
+        with pytest.raises(ValueError, match=STEPS_DIFFER):
+            convert.from_optax(both[0].init(TWO_LEAVES), both[1], TWO_LEAVES, both[0])
+        with pytest.raises(ValueError, match=STEPS_DIFFER):
+            convert.to_optax(both[1].init(TWO_LEAVES), both[1], TWO_LEAVES, both[0])
+
+
+def test_a_leaf_that_starts_later_is_no_false_alarm():
+    theirs, _ = DIFFERENT_MOMENTS["a delayed gradient and a delayed rate"]
+    _, ours = DIFFERENT_MOMENTS["a delayed rate and a delayed gradient"]
+    convert.from_optax(state_after(theirs, 50), ours, TWO_LEAVES, theirs)
+
+
 def test_a_rate_far_above_the_one_that_was_set_hides_no_epsilon():
     theirs = optax.inject_hyperparams(optax.adam)(learning_rate=1.0, eps=1e-5)
     old = after_small_gradients(theirs, 20)

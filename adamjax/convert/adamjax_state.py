@@ -288,6 +288,12 @@ class AdamjaxState:
         source.expect_place_to_accumulate(target)
         return source
 
+    def read(self) -> Source:
+        """The state in the common form, without doubts."""
+        source = Source(self.owner)
+        self._read(self.state, source)
+        return source
+
     def _read(self, x: Any, source: Source) -> None:
         owner = self.owner
         if names := rule_slots(x):

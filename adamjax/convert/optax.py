@@ -244,7 +244,7 @@ def from_optax(
     only in a few of very many steps. Between the ends of the schedules of `tx`, counts are compared
     at intervals of 3%, and at larger ones for a model that is large or has many micro-batches.
     Optional arguments of `update` are left out. Of counts of other transforms in a state, only
-    integers are advanced.
+    single integers are advanced.
     Where weights are bfloat16 or float16, optax rounds m and v, so its run drifts away from that of
     adamjax. Then both take the steps in float32, unless `inject_hyperparams` has rounded
     hyperparameters to such a dtype, or masks depend on the dtypes of leaves. In these two cases

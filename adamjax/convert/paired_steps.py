@@ -118,6 +118,7 @@ class PairedSteps:
       rng: the generator of all random numbers.
       pool: some arrays of random numbers for each leaf, of absolute values near 1.
       own_weights: the parameters themselves.
+      last_states: the states of both after the last steps; `None` if not all steps were taken.
       pool_like_moments: one more such array for each leaf, whose elements differ in size as its
         moments do.
     """
@@ -153,6 +154,7 @@ class PairedSteps:
         known = {path: mean for path, mean in means.items() if 1e-15 < mean < 1e15}
         default = max(known.values(), default=1.0)
         self.usual_sizes = np.array([known.get(path, default) for path in self.paths])
+        self.last_states: tuple[Any, Any] | None = None
         self.own_weights = [
             jnp.asarray(p, wide) for p, wide in zip(self.params, self.wide_dtypes, strict=True)
         ]
@@ -206,6 +208,7 @@ class PairedSteps:
             weights = self.pool[0].usual
             weight_sizes = self._clipped(np.full(len(self.leaves), weight_size), 1.0)
         num_calls, largest_sizes = 0, np.zeros(len(self.leaves))
+        self.last_states = None
         for number, step in enumerate(steps):
             # Before the first step, the unfinished step is finished. Otherwise the gradients of
             # each step would be added to those of the next one, and hide them where they are small.
@@ -220,6 +223,7 @@ class PairedSteps:
                 largest_sizes = np.fmax(largest_sizes, np.abs(both_sizes[0]))
                 yield number, _differences(updates, self.wide_dtypes, is_first, largest_sizes)
                 num_calls += 1
+        self.last_states = states
 
     def _micro_batches(self, step: Step, left: int) -> Iterator[tuple[float, list[Any]]]:
         """The gradients of the calls of a step, each with its size relative to the others.

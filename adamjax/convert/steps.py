@@ -34,6 +34,7 @@ from adamjax.convert.optax_state import read_state, role_of
 from adamjax.convert.paired_steps import OWN_WEIGHTS, WEIGHT_SIZES, ZERO_WEIGHTS, PairedSteps, Step
 from adamjax.convert.sampling import sampled
 from adamjax.convert.schedules import ends_of_schedules, has_schedule
+from adamjax.convert.systems import OPTAX
 from adamjax.convert.values import dense_totals, leaves_by_path
 from adamjax.convert.widening import widened
 from adamjax.data import Tree
@@ -82,6 +83,8 @@ _EACH, _CLOSE, _LAST = 500, 1 << 20, 1 << 24
 # Limits on the later counts: their number, and for all of them the calls and the updated elements.
 # A large model, or one with many micro-batches, is compared at fewer counts.
 _MOST_COUNTS, _FEWEST_COUNTS, _MOST_CALLS, _MOST_ELEMENTS = 400, 12, 10_000, 1 << 29
+# Moments are compared at every so many of these counts, and may differ by this much relatively.
+_EVERY_STATE, _RTOL_OF_MOMENTS = 4, 0.01
 # The time that a leaf takes beyond that of its elements, as a number of elements.
 _OF_A_LEAF = 5_000
 
@@ -225,7 +228,7 @@ class _Comparison:
             before = self.closeness.is_seen.copy()
             self.closeness.start_anew()
             weight_size = WEIGHT_SIZES[number % 2]
-            self._compare_later(start_of_later, steps, weight_size)
+            self._compare_later(start_of_later, steps, weight_size, number % _EVERY_STATE == 0)
             if np.any(unseen & self.closeness.is_seen & ~before):
                 # Up to here the rate of these leaves was 0 or tiny, and hid all differences.
                 self._compare_at(steps, start_of_later)
@@ -252,12 +255,19 @@ class _Comparison:
                 for difference, largest in self.steps.take_whole(call, states, weight_size):
                     self.closeness.expect_same_whole(weight_size, difference, largest)
 
-    def _compare_later(self, start: str, steps: int, weight_size: float) -> None:
-        """Compares a few steps from states whose schedules are advanced by this number of steps."""
+    def _compare_later(
+        self, start: str, steps: int, weight_size: float, compares_states: bool
+    ) -> None:
+        """Compares a few steps from states whose schedules are advanced by this number of steps.
+
+        `compares_states` is whether to compare the moments after them too.
+        """
         states, later = self._states(steps, unchanged_rule_state), self._later_steps()
         self._expect_same(
             start, states, weight_size, later[:1] if self.closeness.rounds_later else later
         )
+        if compares_states:
+            self._expect_same_moments(start)
         if self.closeness.rounds_later:
             for i, step in enumerate(later[1:], 1):
                 self._expect_same(
@@ -340,6 +350,33 @@ class _Comparison:
         self.closeness.expect_same(
             start, weight_size, self.steps.take(states, weight_size, steps), **options
         )
+
+    def _expect_same_moments(self, start: str) -> None:
+        """Refuses moments that differ after the last steps.
+
+        While a rate is 0, all updates are 0, but gradients may reach only one of the rules. And
+        without moments from the past, the first updates of Adam do not depend on a factor of the
+        gradients.
+        """
+        states, closeness = self.steps.last_states, self.closeness
+        if states is None or not closeness.has_same_form or closeness.has_narrow_leaves:
+            return
+        ours, theirs = self.ours.with_state(states[0]).read(), read_state(self.owner, states[1])
+        for path, of_rules in theirs.moments.items():
+            for own, other in zip(ours.moments[path], of_rules, strict=True):
+                for name, their_name in OPTAX.slot_names["adam"].items():
+                    a, b = (
+                        np.asarray(x, np.complex128)
+                        for x in ((own.slots or {})[name], (other.slots or {})[their_name])
+                    )
+                    difference, largest = np.max(np.abs(a - b)), np.max(np.abs(b))
+                    if not difference <= _RTOL_OF_MOMENTS * largest:
+                        raise ValueError(
+                            f"{self.owner}: in steps from {start} on, {name} of {path!r} becomes "
+                            f"different: of up to {np.max(np.abs(a)):.6g} in tx, and of up to "
+                            f"{largest:.6g} in the optimizer of optax: compare what they do to "
+                            "gradients before the rule, betas and numbers of micro-batches"
+                        )
 
     def _expect_same_first(
         self, start: str, states: tuple[Any, Any], weight_size: float, steps: Sequence[Step]
