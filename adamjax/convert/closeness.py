@@ -194,11 +194,7 @@ class Closeness:
         yield
         self.largest_here = largest_here
 
-    def add_past(self, weight_size: float | None, zero_grads: bool, found: Differences) -> None:
-        """Adds the largest updates of a step that is not compared, with weights of this size."""
-        self._add(weight_size, zero_grads, found)
-
-    def _add(self, weight_size: float | None, zero_grads: bool, found: Differences) -> np.ndarray:
+    def add(self, weight_size: float | None, zero_grads: bool, found: Differences) -> np.ndarray:
         """Adds the largest updates of a step; returns the largest so far for such gradients."""
         sizes = np.ones_like(found.grad_sizes) if zero_grads else found.grad_sizes
         largest = self.largest[weight_size, zero_grads]
@@ -258,7 +254,7 @@ class Closeness:
             if self.are_joint:
                 is_first = np.full_like(is_first, np.all(is_first))
             rtol = np.where(is_first, self.rtol_at_first, self.rtol)
-            rounding = _ROUNDING * self._add(weight_size, zero_grads, found)
+            rounding = _ROUNDING * self.add(weight_size, zero_grads, found)
             if not zero_grads:
                 least = np.where(self.has_rule, _SEEN * largest_here, 0)
                 is_first_here = (number == 0) | ~self.has_rule

@@ -522,12 +522,13 @@ class _Check:
 
     def _scalings(self, path: str, after: Sequence[Part]) -> list[tuple[type, Any]]:
         """What the parts multiply a step by: factors, and the counts of rates."""
-        return [
-            (type(part.tx), int(part.state.count) if is_rate else self._factor(path, [part]))
-            for part in after
-            for is_rate in [isinstance(part.tx, scale_by_learning_rate)]
-            if is_rate or isinstance(part.tx, scale | set_to_zero)
-        ]
+        scalings: list[tuple[type, Any]] = []
+        for part in after:
+            if isinstance(part.tx, scale_by_learning_rate):
+                scalings.append((type(part.tx), int(part.state.count)))
+            elif isinstance(part.tx, scale | set_to_zero):
+                scalings.append((type(part.tx), self._factor(path, [part])))
+        return scalings
 
     def _check_schedule(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
         """Refuses a constant rate for an unknown schedule, unless the user sets the rate."""

@@ -213,7 +213,7 @@ class _Comparison:
             ):
                 for number, found in self.steps.take(states, weight_size, steps_taken):
                     zero_grads = not np.any(steps_taken[number].sizes)
-                    self.closeness.add_past(weight_size, zero_grads, found)
+                    self.closeness.add(weight_size, zero_grads, found)
 
     def _compare_at_all_counts(self, start: str, set_kinds: frozenset[str]) -> None:
         """Compares many steps from the present states, and a few at each of many later counts.
