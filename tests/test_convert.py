@@ -1,5 +1,6 @@
 """Conversions from and to every other library: what all convert, and what all refuse."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -543,6 +544,25 @@ def test_a_tx_without_a_rate_for_every_leaf_is_refused(system):
             ValueError, match=r"'z': .* a learning rate for all leaves, tx has none"
         ):
             call(tx)
+
+
+@pytest.mark.parametrize("system", ["optax", "torch"])
+def test_hyperparameters_of_several_runs_are_refused(system):
+    two = jnp.array([0.1, 0.2])
+    params = jnp.zeros(3)
+    if system == "torch":
+        convert_to = functools.partial(convert.from_torch, torch_with_moments([np.ones(3, "f")]))
+    else:
+        adam = optax.adam(0.1)
+        convert_to = functools.partial(convert.from_optax, adam.init(params), optimizer=adam)
+    for tx, name in (
+        (adamjax.adamw(0.1, eps=1e-8, weight_decay=two), "weight_decay"),
+        (adamjax.adam(two, eps=1e-8), "learning_rate"),
+        (adamjax.chain(adamjax.clip_by_norm(two), adam_like_optax()), "max_norm"),
+    ):
+        message = rf"{name} of tx is an array of shape \(2,\), expected a scalar"
+        with pytest.raises(ValueError, match=message):
+            convert_to(tx=tx, params=params)
 
 
 def test_a_decay_of_tx_that_follows_a_schedule_is_refused(keras):

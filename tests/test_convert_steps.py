@@ -121,6 +121,23 @@ def nearly_stops(count):
     return jnp.where((count > 2) & (count < 50), 1e-8, 0.1)
 
 
+# Pairs of optax and adamjax. Inside of a transform that skips steps, a schedule does not count the
+# steps that are skipped.
+SKIPS_ALL_BY_SCHEDULE = (
+    optax.apply_if_finite(optax.adam(HALVING), 9),
+    adamjax.skip_not_finite(adam_like_optax(HALVING)),
+)
+SKIPS_RULE_BY_SCHEDULE = (
+    optax.chain(
+        optax.apply_if_finite(optax.scale_by_adam(), 9), optax.scale_by_learning_rate(HALVING)
+    ),
+    adamjax.chain(
+        adamjax.skip_not_finite(adamjax.scale_by_adam(eps=1e-8)),
+        adamjax.scale_by_learning_rate(HALVING),
+    ),
+)
+
+
 # --- states and steps that differ -----------------------------------------------------------------
 
 
@@ -370,7 +387,7 @@ CONTINUES_DIFFERENTLY = {
         ),
         adamjax.skip_not_finite(adam_like_optax(HALVING)),
         2,
-        "a schedule counts the steps that are skipped: put scale_by_learning_rate outside of",
+        "the schedule of the leaf 'a' counts .*put its scale_by_learning_rate outside of",
     ),
     "skipped steps that a schedule does not count": (
         optax.apply_if_finite(optax.adam(HALVING), 3),
@@ -379,7 +396,7 @@ CONTINUES_DIFFERENTLY = {
             adamjax.scale_by_learning_rate(HALVING),
         ),
         2,
-        "a schedule counts the steps that are skipped: put scale_by_learning_rate inside",
+        "the schedule of the leaf 'a' counts .*put its scale_by_learning_rate inside",
     ),
     "an injected clip after the rule": (
         optax.chain(optax.adam(0.1), INJECT(optax.clip_by_global_norm)(1.0)),
@@ -410,6 +427,14 @@ CONTINUES_DIFFERENTLY = {
         adamjax.accumulate_gradients(adamjax.skip_not_finite(adam_like_optax()), 2),
         2,
         "apply_if_finite is inside MultiSteps, whose sum keeps a NaN",
+    ),
+    "schedules that count skipped steps of other leaves": (
+        optax.multi_transform(
+            {"x": SKIPS_ALL_BY_SCHEDULE[0], "y": SKIPS_RULE_BY_SCHEDULE[0]}, LABELS
+        ),
+        adamjax.partition([("a", SKIPS_RULE_BY_SCHEDULE[1])], default=SKIPS_ALL_BY_SCHEDULE[1]),
+        2,
+        "the schedule of the leaf 'a' counts .*scale_by_learning_rate inside skip_not_finite",
     ),
     "a decay before the rule": (
         INJECT(optax.adamw)(learning_rate=0.1, weight_decay=0.1),
@@ -1638,6 +1663,29 @@ def test_steps_from_weights_of_both_signs_are_compared():
     theirs = optax.chain(optax.adam(0.1), positive)
     with pytest.raises(ValueError, match=STEPS_DIFFER):
         convert.from_optax(theirs.init(params), adam_like_optax(), params, theirs)
+
+
+def test_a_later_rate_of_weights_that_stay_nonnegative_is_compared():
+    """Negative weights would move to 0, by much more than the rate."""
+    params = {"a": jnp.linspace(0.1, 1, 64)}
+    positive = optax.keep_params_nonnegative()
+    theirs = optax.chain(optax.adam(jump_at(50, 1e-5, 1e-5)), positive)
+    old = state_after(theirs, 4, params)
+    for later_rate, refused in ((1e-5, False), (1.1e-5, True)):
+        ours = adamjax.chain(adam_like_optax(jump_at(50, 1e-5, later_rate)), positive)
+        with pytest.raises(ValueError, match=STEPS_DIFFER) if refused else nullcontext():
+            convert.from_optax(old, ours, params, theirs)
+
+
+def test_a_sum_over_replicas_is_compared_as_that_of_one_replica():
+    theirs = optax.adam(0.1)
+    old = state_after(theirs, 4)
+    ours = adamjax.chain(adamjax.sum_over("replicas"), adam_like_optax())
+    state = convert.from_optax(old, ours, TWO_LEAVES, theirs)
+    assert_same(adamjax.get_slot(state, "m"), old[0].mu)
+    faster = adamjax.chain(adamjax.sum_over("replicas"), adam_like_optax(0.2))
+    with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.from_optax(old, faster, TWO_LEAVES, theirs)
 
 
 def test_a_row_without_a_gradient_after_the_first_step_is_compared():

@@ -1,5 +1,6 @@
 """Reads a state of adamjax into a `Source`, the form that all systems share."""
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from adamjax.exact.state import ExactRowsState, expect_flushed
 from adamjax.grouping import grouped
 from adamjax.guard import AccumulateGradientsState, SkipNotFiniteState, accumulate_gradients
 from adamjax.master import master_weights
+from adamjax.moments import expect_scalar
 from adamjax.scaling import ScheduleState
 from adamjax.structure import Part, rule_slots, slot_states, states_of_class, walk
 from adamjax.transform import Rule, Transform, as_transform, foreign
@@ -364,4 +366,10 @@ def initial_state(owner: str, tx: Any, params: Tree) -> AdamjaxState:
     """The state of `tx.init(params)`, to be filled."""
     tx = _transform_argument(owner, tx)
     leaves_by_path(owner, params)  # refuses leaves that conversions do not accept, before `init`
-    return AdamjaxState(owner, tx, tx.init(params), params)
+    ours = AdamjaxState(owner, tx, tx.init(params), params)
+    for part in ours.parts:
+        for field in dataclasses.fields(part.tx) if is_of_adamjax(part.tx) else ():
+            value = getattr(part.tx, field.name)
+            if is_array(value):
+                expect_scalar(f"{owner}: {field.name} of tx", value)
+    return ours

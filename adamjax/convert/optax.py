@@ -75,16 +75,25 @@ def _doubt_skips(theirs: Source, ours: AdamjaxState) -> None:
         )
         return
     ids_inside = {id(inner.tx) for part in skipping for inner in walk(part.tx.tx)}
-    our_schedules_inside = {id(p.tx) in ids_inside for p in ours.parts if has_schedule(p.tx)}
-    their_schedules_inside = {count.in_skipping for count in theirs.counts}
-    if not our_schedules_inside or not their_schedules_inside:
-        return
-    if our_schedules_inside != their_schedules_inside:
-        place = "inside" if True in their_schedules_inside else "outside of"
-        theirs.doubts.append(
-            "optax and tx differ in whether a schedule counts the steps that are skipped: put "
-            f"scale_by_learning_rate {place} skip_not_finite"
-        )
+    scheduled = [
+        (id(p.tx) in ids_inside, leaves_by_path(ours.owner, p.params))
+        for p in ours.parts
+        if has_schedule(p.tx)
+    ]
+    for path in theirs.moments:
+        our_schedules_inside = {inside for inside, leaves in scheduled if path in leaves}
+        their_schedules_inside = {
+            count.in_skipping for count in theirs.counts if count.is_for(frozenset({path}))
+        }
+        if not our_schedules_inside or not their_schedules_inside:
+            continue
+        if our_schedules_inside != their_schedules_inside:
+            place = "inside" if True in their_schedules_inside else "outside of"
+            theirs.doubts.append(
+                f"optax and tx differ in whether the schedule of the leaf {path!r} counts the "
+                f"steps that are skipped: put its scale_by_learning_rate {place} skip_not_finite"
+            )
+            return
 
 
 def _expect_means(source: Source, optimizer: Any, params: Tree) -> None:
@@ -243,8 +252,9 @@ def from_optax(
     A difference may go unnoticed if it shows only at particular values of weights or gradients, or
     only in a few of very many steps. Between the ends of the schedules of `tx`, counts are compared
     at intervals of 3%, and at larger ones for a model that is large or has many micro-batches.
-    Optional arguments of `update` are left out. Of counts of other transforms in a state, only
-    single integers are advanced.
+    Optional arguments of `update` are left out, and a `sum_over` in `tx` is too: the sums are taken
+    as those of one replica. Of counts of other transforms in a state, only single integers are
+    advanced.
     Where weights are bfloat16 or float16, optax rounds m and v, so its run drifts away from that of
     adamjax. Then both take the steps in float32, unless `inject_hyperparams` has rounded
     hyperparameters to such a dtype, or masks depend on the dtypes of leaves. In these two cases

@@ -102,8 +102,8 @@ def _read(x: Any, source: Source) -> None:
     elif jax.tree.leaves(x):
         if type(x).__module__.split(".")[0] == "adamjax":
             source.doubts.append(
-                f"the state of optax contains a {type(x).__name__} of adamjax: a state of adamjax "
-                "needs no conversion"
+                f"the state of optax contains a {type(x).__name__} of adamjax, which is not "
+                "converted: convert a state that optax' own transforms made"
             )
         source.other_states.append(x)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax.chain import identity
 from adamjax.convert.adamjax_state import AdamjaxState, described_argument
 from adamjax.convert.advance import (
     LATE_COUNTS,
@@ -39,6 +40,7 @@ from adamjax.convert.values import dense_totals, leaves_by_path
 from adamjax.convert.widening import widened
 from adamjax.data import Tree
 from adamjax.guard import AccumulateGradientsState, accumulate_gradients
+from adamjax.replicas import sum_over
 from adamjax.scaling import ScheduleState
 from adamjax.schedule import by_path
 from adamjax.structure import Part, replace_parts, rule_slots, states_of_class
@@ -83,7 +85,11 @@ _EACH, _CLOSE, _LAST = 500, 1 << 20, 1 << 24
 # Limits on the later counts: their number, and for all of them the calls and the updated elements.
 # A large model, or one with many micro-batches, is compared at fewer counts.
 _MOST_COUNTS, _FEWEST_COUNTS, _MOST_CALLS, _MOST_ELEMENTS = 400, 12, 10_000, 1 << 29
-# Moments are compared at every so many of these counts, and may differ by this much relatively.
+# The sizes of weights at these counts, in turn. A transform that keeps weights nonnegative hides
+# differences, unless the weights are those of the model.
+_LATER_WEIGHTS = (WEIGHT_SIZES[0], WEIGHT_SIZES[1], WEIGHT_SIZES[0], OWN_WEIGHTS)
+# Moments are compared at every so many of these counts, where weights are small: a decay of large
+# ones hides gradients. They may differ by this much relatively.
 _EVERY_STATE, _RTOL_OF_MOMENTS = 4, 0.01
 # The time that a leaf takes beyond that of its elements, as a number of elements.
 _OF_A_LEAF = 5_000
@@ -109,7 +115,7 @@ def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: floa
       rtol: as for `from_optax`.
     """
     with jax.debug_nans(False):
-        ours = _with_dense_totals(ours)
+        ours = _for_one_replica(_with_dense_totals(ours))
         sample = sampled(ours, optimizer, state)
         compared, compared_state, widens = widened(*(sample or (ours, state)), optimizer)
         comparison = _Comparison(compared, optimizer, compared_state, rtol, widens)
@@ -140,6 +146,15 @@ def _with_dense_totals(ours: AdamjaxState) -> AdamjaxState:
         ours.tx, lambda x: x.replace(max_rows=None) if isinstance(x, accumulate_gradients) else x
     )
     return AdamjaxState(ours.owner, tx, with_dense_totals(ours.state), ours.params)
+
+
+def _for_one_replica(ours: AdamjaxState) -> AdamjaxState:
+    """The same state without `sum_over`, because the steps are taken outside of a mapped axis.
+
+    `optimizer` gets the sum over the replicas too, before its `update`.
+    """
+    tx = replace_parts(ours.tx, lambda x: identity() if isinstance(x, sum_over) else x)
+    return ours if tx is ours.tx else AdamjaxState(ours.owner, tx, ours.state, ours.params)
 
 
 class _Comparison:
@@ -227,8 +242,8 @@ class _Comparison:
         for number, (start_of_later, steps) in enumerate(self._later_counts()):
             before = self.closeness.is_seen.copy()
             self.closeness.start_anew()
-            weight_size = WEIGHT_SIZES[number % 2]
-            self._compare_later(start_of_later, steps, weight_size, number % _EVERY_STATE == 0)
+            weight_size = _LATER_WEIGHTS[number % len(_LATER_WEIGHTS)]
+            self._compare_later(start_of_later, steps, weight_size, number % _EVERY_STATE == 1)
             if np.any(unseen & self.closeness.is_seen & ~before):
                 # Up to here the rate of these leaves was 0 or tiny, and hid all differences.
                 self._compare_at(steps, start_of_later)
@@ -256,7 +271,7 @@ class _Comparison:
                     self.closeness.expect_same_whole(weight_size, difference, largest)
 
     def _compare_later(
-        self, start: str, steps: int, weight_size: float, compares_states: bool
+        self, start: str, steps: int, weight_size: float | None, compares_states: bool
     ) -> None:
         """Compares a few steps from states whose schedules are advanced by this number of steps.
 
