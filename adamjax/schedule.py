@@ -296,14 +296,20 @@ def _units_of_integers(count: chex.Array, steps: Any) -> _Units:
 
 
 def _units_of_floats(count: chex.Array, steps: chex.Array) -> _Units:
-    """`_units` in floats: exact if products of `steps` with whole numbers are exact."""
+    """`_units` in floats: exact if products of `steps` with whole numbers are exact.
+
+    A count is a multiple if it is the rounded product: 1000 is three times 1000/3.
+    """
     steps = jnp.maximum(steps, jnp.finfo(steps.dtype).tiny)
     # The quotient may be off by one.
     quotient = jnp.floor(count / steps)
     quotient = jnp.where((quotient + 1) * steps <= count, quotient + 1, quotient)
     whole = jnp.where(quotient * steps > count, quotient - 1, quotient)
-    # With infinitely many units, the remainder would be NaN.
-    fraction = jnp.where(jnp.isinf(whole), 0, (count - whole * steps) / steps)
+    # With infinitely many units, the remainder would be NaN. At a multiple, it would not be 0, and
+    # even below 0, if compiled code subtracts a product that it has not rounded.
+    is_multiple = whole * steps >= count
+    remainder = (count - whole * steps) / steps
+    fraction = jnp.where(is_multiple | jnp.isinf(whole), 0, remainder)
     return _Units(whole, fraction, 1 - fraction)
 
 

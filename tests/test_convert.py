@@ -612,12 +612,17 @@ def test_leaves_that_the_other_optimizer_does_not_have_must_not_move(system):
     whole = adamjax.chain(rule, decay, rate)
     convert_to(adamjax.partition([("base", zero)], default=whole))
     convert_to(adamjax.chain(frozen, adamjax.add_decayed_weights(0.3, "w"), rate))
-    convert_to(adamjax.masked(whole, "w"))
-    for tx in (
-        adamjax.chain(frozen, decay, rate),
-        adamjax.chain(adamjax.masked(rule, "w"), adamjax.add_decayed_weights(0.3, "w"), rate),
+    masked = adamjax.masked(whole, "w")
+    for tx, message in (
+        (adamjax.chain(frozen, decay, rate), "which moves it"),
+        (
+            adamjax.chain(adamjax.masked(rule, "w"), adamjax.add_decayed_weights(0.3, "w"), rate),
+            "which moves it",
+        ),
+        (masked, "no rule for it, so its update is its gradient"),
+        (adamjax.chain(adamjax.clip_by_norm(1.0), masked), "so its update is its gradient"),
     ):
         with pytest.raises(
-            ValueError, match=r"'base': .* an optimizer without this leaf.*which moves"
+            ValueError, match=f"'base': .* an optimizer without this leaf, tx has .*{message}"
         ):
             convert_to(tx)

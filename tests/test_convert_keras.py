@@ -868,7 +868,7 @@ def test_constraints_and_options_that_were_switched_off_are_refused(keras):
     variables[1].constraint = keras.constraints.NonNeg()
     optimizer = keras_optimizer(keras, variables=variables)
     expect_refusal(optimizer, r"the variable of 'v1' has constraint=.*NonNeg")
-    only = adamjax.masked(tx, "v0")
+    only = adamjax.partition([("v1", adamjax.set_to_zero())], default=tx)
     convert.from_keras(optimizer, only, KERAS_PARAMS, order=["v0", None])
     optimizer = keras_optimizer(keras, use_ema=True)
     optimizer.use_ema = False
@@ -1117,6 +1117,39 @@ def test_a_rate_function_without_arguments_is_compared_at_the_current_step_only(
     optimizer = keras_adam_with_rate(keras, lambda count: 0.1)
     with pytest.raises(ValueError, match=r"cannot be called without arguments, as Keras calls it"):
         convert.from_keras(optimizer, adamjax.adam(adamjax.cosine_decay(0.1, 100)), params)
+
+
+@pytest.mark.parametrize("leaf", ["v0", "v1"])
+def test_a_rate_that_grows_is_compared_closely_for_every_leaf(keras, leaf):
+    """Values at later counts, which another leaf was compared at, are far larger."""
+
+    class Ramp(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 1e-4 * (keras.ops.cast(step, "float32") + 1)
+
+    def ramp(ahead):
+        return adamjax.adam(lambda count: 1e-4 * (count + 1.0 + ahead))
+
+    optimizer, _ = built_on_two(keras, Ramp())
+    params = {"v0": jnp.ones(3), "v1": jnp.ones(3)}
+    convert.from_keras(optimizer, ramp(0), params)
+    with pytest.raises(ValueError, match=rf"'{leaf}': Keras has a learning rate of 0.0001, tx has"):
+        convert.from_keras(optimizer, adamjax.partition([(leaf, ramp(1))], default=ramp(0)), params)
+
+
+def test_an_accumulation_over_one_call_is_none(keras):
+    optimizer, _ = built_on_two(keras, clipnorm=1.0)
+    params = {"v0": jnp.ones(3), "v1": jnp.ones(3)}
+    for _ in range(3):
+        optimizer.apply([keras.ops.ones(3)] * 2)
+    clip, rule = adamjax.clip_by_norm(1.0), adamjax.adam(0.1)
+    for tx in (
+        adamjax.accumulate_gradients(adamjax.chain(clip, rule), 1),
+        adamjax.chain(clip, adamjax.accumulate_gradients(rule, 1)),
+    ):
+        state = convert.from_keras(optimizer, tx, params)
+        assert adamjax.step_count(state) == 3
+        assert convert.to_keras(state, tx, params, optimizer)[0] == 3
 
 
 def test_a_schedule_of_keras_is_called_with_what_keras_passes(keras):
@@ -1544,6 +1577,18 @@ def test_a_keras_average_is_not_dropped(keras):
     with pytest.raises(ValueError, match=r"has an average of the weights, but the optimizer has n"):
         convert.to_keras(state, tx, KERAS_PARAMS, keras_optimizer(keras))
     convert.to_keras(state, tx, KERAS_PARAMS, keras_optimizer(keras), check=False)
+
+
+def test_an_average_of_a_leaf_that_keras_does_not_have_is_refused(keras):
+    optimizer = keras_optimizer(keras, 2, use_ema=True, ema_momentum=0.5)
+    order = ["v0", "v1"]
+    params = {**KERAS_PARAMS, "extra": jnp.ones(2)}
+    adam, average, zero = adamjax.adam(0.1), adamjax.weight_ema(0.5), adamjax.set_to_zero()
+    outside = adamjax.chain(adamjax.partition([("extra", zero)], default=adam), average)
+    with pytest.raises(ValueError, match=r"lacks the average of 'extra': put weight_ema inside "):
+        convert.from_keras(optimizer, outside, params, order=order)
+    inside = adamjax.partition([("extra", zero)], default=adamjax.chain(adam, average))
+    convert.from_keras(optimizer, inside, params, order=order)
 
 
 def test_a_frozen_variable_that_keras_averages_is_not_left_out(keras):

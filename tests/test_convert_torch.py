@@ -1257,7 +1257,7 @@ def test_a_parameter_that_torch_never_trained_needs_a_part_of_its_own():
     frozen = adamjax.partition([("b", adamjax.set_to_zero())], default=adamw)
     convert.from_torch(decays, frozen, params, order=["a", None])
     convert.from_torch({**decays, "state": {}}, adamw, params)
-    only = adamjax.masked(tx, "a")
+    only = adamjax.partition([("b", adamjax.set_to_zero())], default=tx)
     state = convert.from_torch(old, only, params, order=["a", None])
     assert int(adamjax.step_count(state)) == 1
     with pytest.raises(TypeError, match=r"expected optimizer.state_dict\(\) of torch"):

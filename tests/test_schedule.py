@@ -269,6 +269,29 @@ def test_a_staircase_of_any_kind_of_length_changes_at_its_multiples(steps, as_ar
         assert float(call(t)) == np.float32(0.5 ** math.floor(t / n)), t
 
 
+# Whole counts, and into how many parts of a fractional length they are split.
+SPLIT_COUNTS = [(1000, 3), (2000, 3), (500, 6), (1000, 7), (617, 5), (469, 5), (11, 5), (100, 30)]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("as_argument", [False, True])
+def test_a_cycle_of_fractional_length_ends_at_whole_multiples(wide, as_argument):
+    """The product of such a length with a whole number is whole only after rounding."""
+    counts = np.array([count for count, _ in SPLIT_COUNTS], np.int32)
+    lengths = [count / parts for count, parts in SPLIT_COUNTS]
+
+    def make(n):
+        return polynomial_decay(0.1, n, 0.001, cycle=True)
+
+    with enable_x64(wide):
+        if as_argument:
+            rates = jax.jit(jax.vmap(lambda n, t: make(n)(t)))(jnp.array(lengths), counts)
+        else:
+            schedules = [make(n) for n in lengths]
+            rates = jax.jit(lambda t: [f(x) for f, x in zip(schedules, t, strict=True)])(counts)
+    np.testing.assert_allclose(np.array(rates), 0.001, rtol=1e-3)
+
+
 # Counts around the changes of the schedules, and large ones.
 EDGES = [0, 1, 2, 3, 6, 7, 8, 20, 40, 41, 42, 82, 123, 1000, 2**24 - 1, 2**24, 2**24 + 1]
 EDGES += [2**30, 2**31 - 2, 2**31 - 1]

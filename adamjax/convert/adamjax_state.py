@@ -239,6 +239,11 @@ class AdamjaxState:
         """The parts around one of the parts, outermost first."""
         return self._around[id(part)]
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether some step takes several calls."""
+        return any(steps > 1 for steps, _ in self.accumulations)
+
     def num_accumulations(self, part: Part) -> int:
         """How many `accumulate_gradients` are around one of the parts."""
         return sum(isinstance(outer.tx, accumulate_gradients) for outer in self.around(part))

@@ -16,10 +16,10 @@ from adamjax.leaves import is_left_alone
 from adamjax.paths import flatten, leaf_paths
 from adamjax.transform import RESTORED_WITHOUT_CLASSES
 
-__all__ = ["ACCUMULATED", "StateFiller"]
+__all__ = ["ACCUMULATED", "AVERAGE", "StateFiller"]
 
-# Errors name slots; for an accumulated gradient they use this instead.
-ACCUMULATED = "the accumulated gradient"
+# Errors name slots; for an accumulated gradient and for an average they use these instead.
+ACCUMULATED, AVERAGE = "the accumulated gradient", "the average"
 
 
 class StateFiller:
@@ -180,6 +180,8 @@ class StateFiller:
                             ": convert after a step (or, for a frozen leaf, put "
                             "accumulate_gradients inside partition)"
                         )
+                    if name == AVERAGE:
+                        fix = ": put weight_ema inside partition, with the leaves that it averages"
                     raise ValueError(f"{self.owner}: the source lacks {name} of {path!r}{fix}")
                 leaves[i] = self.array(path, name, values[path], leaves[i])
         return treedef.unflatten(leaves)

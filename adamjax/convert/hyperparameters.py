@@ -90,6 +90,7 @@ class _Check:
             (part, paths) for part, paths in self.parts_and_paths if not part.tx.parts
         ]
         self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
+        self.floating_leaves = leaves_by_path(self.owner, adamjax_state.params).keys()
         accumulations = states_of_class(AccumulateGradientsState, adamjax_state.state)
         self.is_amid_accumulation = any(int(x.micro_count) for x in accumulations)
         # Schedules of the system, each with rates and scalings of tx that agree with it at all
@@ -208,6 +209,10 @@ class _Check:
             moving += [p.tx for p in route if isinstance(p.tx, scale | scale_by_learning_rate)]
         if moving:
             self._refuse(path, stated, f"{moving[0]!r}, which moves it", fix)
+        is_known = all(is_of_adamjax(part.tx) and not part.tx.has_foreign for part in route)
+        has_rule = any(isinstance(part.tx, Rule) for part in route)
+        if not zeros and is_known and not has_rule and path in self.floating_leaves:
+            self._refuse(path, stated, "no rule for it, so its update is its gradient", fix)
 
     def _expect_clips_first(self, path: str, before: Sequence[Part], after: Sequence[Part]) -> None:
         """Refuses a clip after the rule, or after a weight decay that is before the rule."""
@@ -392,7 +397,7 @@ class _Check:
             if of_other_leaves:
                 in_tx = f"{of_other_leaves[0]!r} of other leaves"
                 fix = "clip the leaves that its optimizer has by one norm, and no others (masked)"
-            elif self.ours.accumulations and outside:
+            elif self.ours.accumulates and outside:
                 in_tx = f"{outside[0]!r} outside of accumulate_gradients"
                 fix = "put it inside, before the rule"
             else:
@@ -636,7 +641,8 @@ class _Check:
         """The rate of the next step or a later one, with all factors; `None` if no part scales."""
         scaling_classes = scale | scale_by_learning_rate | set_to_zero
         scales = any(isinstance(part.tx, scaling_classes) for part in after)
-        return -self._factor(path, after, steps_later, dtype) if scales else None
+        # Errors would write -0.0 as "-0".
+        return 0.0 - self._factor(path, after, steps_later, dtype) if scales else None
 
     def _factor(
         self, path: str, route: Sequence[Part], steps_later: int = 0, dtype: Any = None

@@ -9,7 +9,7 @@ import numpy as np
 from adamjax.average import WeightEmaState
 from adamjax.convert.adamjax_state import AdamjaxState, may_contain_states
 from adamjax.convert.differences import Translation, expect_product, nadam_product
-from adamjax.convert.filling import ACCUMULATED
+from adamjax.convert.filling import ACCUMULATED, AVERAGE
 from adamjax.convert.optax_state import role_of
 from adamjax.convert.source import Slots, Source
 from adamjax.convert.systems import System, kind_of
@@ -146,7 +146,7 @@ class _AdamjaxFiller(Translation):
                     "average: pass average=, a tree like params (params itself to start from them)"
                 )
             self.averaged |= set(leaves_by_path(self.owner, x.average))
-            average = self.tree("the average", self.source.average, x.average)
+            average = self.tree(AVERAGE, self.source.average, x.average)
             return WeightEmaState(self.schedule_count(self.ours.leaves(x), x.count), average)
         if isinstance(x, AccumulateGradientsState):
             return self._fill_accumulated(x)

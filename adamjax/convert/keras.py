@@ -114,7 +114,7 @@ def _read_variables(
         )
         source.accumulated = [Accumulated(micro, by_path("gradient_accumulator"))]
         source.in_accumulating = True
-    elif ours.accumulations:
+    elif ours.accumulates:
         source.doubts.append(
             "the optimizer takes a step in every call, without gradient_accumulation_steps, but tx "
             "has accumulate_gradients: leave it out"
@@ -176,7 +176,7 @@ def _layout_and_paths(
     paths = leaf_order(owner, order, ours.params, "Keras", check=check, may_reshape=has_adapt)
     slots = list(KERAS.slot_names[ours.kinds[0] if ours.kinds else "adam"].values())
     has_average = any(isinstance(part.tx, weight_ema) for part in ours.parts)
-    extra = ["average"] * has_average + ["gradient_accumulator"] * bool(ours.accumulations)
+    extra = ["average"] * has_average + ["gradient_accumulator"] * ours.accumulates
     shapes = [None if path is None else np.shape(leaves[path]) for path in paths]
 
     def has_shape(place: int, x: np.ndarray) -> bool:
@@ -260,7 +260,7 @@ def _expect_right_side_of_accumulation(owner: str, ours: AdamjaxState, check: bo
 
     It would act in each step where Keras does so in each micro-batch, or the reverse.
     """
-    if not check or not ours.accumulations:
+    if not check or not ours.accumulates:
         return
     for part in ours.parts:
         tx, is_inside = part.tx, ours.num_accumulations(part) > 0

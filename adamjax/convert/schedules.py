@@ -71,14 +71,16 @@ class ForeignSchedule:
         return value
 
     def is_near(self, count: int, value: float) -> bool:
-        """Whether a value is that of a call, up to rounding relative to the largest value."""
+        """Whether a value is that of a call, up to rounding relative to the largest one so far."""
         try:
             called = self.called(count)
         except ValueError:
             return False
         if math.isnan(called):
             return math.isnan(value)
-        largest = max(abs(x) for x in (0.0, *self.values.values()) if math.isfinite(x))
+        # Values at later counts may be far larger, if a rate grows.
+        so_far = (abs(x) for at, x in self.values.items() if at <= count and math.isfinite(x))
+        largest = max(so_far, default=0.0)
         if math.isclose(called, value, rel_tol=1e-4, abs_tol=1e-6 * largest):
             return True
         # If the library divides the count by a period in float32, the error of the quotient is that
