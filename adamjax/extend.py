@@ -94,13 +94,14 @@ Trees:
 - `flatten`, `leaf_paths`: the leaves of a tree, `None` and row gradients among them; their paths.
 - `is_left_alone`: whether no transform touches a leaf.
 
-Arithmetic, on arrays and in float32 at least:
+Arithmetic on arrays, in the compute dtype:
 
 - `Recurrence`: a function for `lift` that computes the new slots, and the update from them.
 - `compute_dtype`: the real dtype to compute in, float32 or float64. `widen` casts an array to it.
 - `scalar`: a hyperparameter in that dtype. `positive_epsilon`: an epsilon in that dtype, for a
   division whose divisor could otherwise be 0.
-- `averaging`: an exponential average, `(old, new)`. `correction`: its bias correction.
+- `averaging`: an exponential average, `(old, new)`. `correction`: its bias correction, made from
+  what `step_number` returns.
 - `root`: the square root, with the derivative 0 at 0. `square`: `|x|**2`, also of complex numbers.
 - `Coast`: how a rule moves rows that have no gradient.
 - `times`: multiplies a rule's scalars by the factors that `Rule.step` is given.

@@ -45,6 +45,7 @@ __all__ = [
     "expect_dtypes",
     "expect_like",
     "expect_no_shapes",
+    "expect_one_for_each_leaf",
     "expect_stored",
     "expect_wide",
     "fault_of_dtype",
@@ -483,6 +484,8 @@ def lift(
         like, like_name = grads, name
     treedef = flatten(like)[1]
     leaves = match_leaves(owner, name, grads, like, like_name)
+    if isinstance(scalars, list):
+        expect_one_for_each_leaf(owner, scalars, leaves, like_name)
     # Kinds may differ: a rule stores the size of a complex gradient in a real slot.
     columns = [
         match_leaves(owner, slot_name, slot, like, like_name, kinds=False, grads=leaves)
@@ -553,6 +556,17 @@ def _expect_options(owner: str, scalars: Any, rows: Any) -> None:
                 f"{owner}: scalars has {function!r:.100}, expected a function of a dtype that "
                 "returns the scalars, or a list with such a function for each leaf"
             )
+
+
+def expect_one_for_each_leaf(
+    owner: str, scalars: Sequence[Any], leaves: Sequence[Any], name: str
+) -> None:
+    """Refuses a list of functions for scalars that has another length than the leaves of a tree."""
+    if len(scalars) != len(leaves):
+        raise ValueError(
+            f"{owner}: scalars is a list of {len(scalars)} functions, expected one for each of the "
+            f"{len(leaves)} leaves of {name} (None and integer leaves count as well)"
+        )
 
 
 def _checked_scalars(owner: str, c: Any) -> Any:

@@ -66,6 +66,15 @@ def compute_dtype(*dtypes: Any) -> Any:
     return np.dtype(np.float64 if wide else np.float32)
 
 
+_COMPUTE_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def _expect_compute_dtype(owner: str, dtype: Any) -> None:
+    """Refuses a dtype other than float32 and float64. In integers, factors below 1 would be 0."""
+    if np.dtype(dtype) not in _COMPUTE_DTYPES:
+        raise TypeError(f"{owner}: the dtype is {np.dtype(dtype)}, expected float32 or float64")
+
+
 def at_least_float32(dtype: Any) -> Any:
     """The float dtype in which a hyperparameter of this real dtype is used."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
@@ -98,7 +107,12 @@ def is_signed(dtype: Any) -> bool:
 
 
 def scalar(value: Number, real: Any) -> Any:
-    """A hyperparameter in the compute dtype; a Python float stays a compile-time constant."""
+    """A hyperparameter in the compute dtype; a Python float stays a compile-time constant.
+
+    Raises:
+      TypeError: `real` is neither float32 nor float64.
+    """
+    _expect_compute_dtype("scalar", real)
     if is_array(value):
         return jnp.asarray(value, real)
     return np.asarray(value, real)[()]
@@ -171,13 +185,30 @@ def step_number(count: chex.Array, real: Any) -> chex.Array:
 
     If the count is negative, as only in a damaged state, it is NaN: with a negative count, bias
     corrections would change their sign, and steps would go uphill.
+
+    Raises:
+      TypeError: the count is no array of integers, or `real` is neither float32 nor float64.
     """
+    _expect_count("step_number", count)
+    _expect_compute_dtype("step_number", real)
     return jnp.where(count >= 0, count.astype(real) + 1, jnp.nan)
 
 
 def next_count(count: chex.Array) -> chex.Array:
     """The count after this step; it stays at the largest integer and does not wrap."""
+    _expect_count("next_count", count)
     return count + (count < jnp.iinfo(count.dtype).max).astype(count.dtype)
+
+
+def _expect_count(owner: str, count: Any) -> None:
+    """Refuses a count that is no array of integers."""
+    dtype = getattr(count, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        kind = repr(count) if dtype is None else f"an array of {dtype}"
+        raise TypeError(
+            f"{owner}: the count is {kind}, expected an array of integers, as "
+            "jnp.zeros((), jnp.int32)"
+        )
 
 
 class Average(NamedTuple):
@@ -217,7 +248,11 @@ def averaging(b: Number, real: Any, allowed: Range = BETA) -> Average:
         makes averages NaN. For an array, `1 - b` is computed from `b` as rounded to its dtype.
       real: the compute dtype.
       allowed: the range of `b`.
+
+    Raises:
+      TypeError: `real` is neither float32 nor float64.
     """
+    _expect_compute_dtype("averaging", real)
     if is_array(b):
         b = checked_in_range(b, allowed)
         return Average(jnp.where(b < 0.5, b, 1 - b).astype(real), None, b < 0.5)
@@ -234,6 +269,10 @@ class WrongResultError(TypeError):
     """A rule on arrays returned something else than `lift` expects; `lift` names the leaf."""
 
 
+def _name_of(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
 def checked_results(function: Any, results: Any, like: Sequence[Any], what: str) -> Sequence[Any]:
     """The results of a rule's function, if there is one array for each of `like`, of its shape.
 
@@ -241,7 +280,7 @@ def checked_results(function: Any, results: Any, like: Sequence[Any], what: str)
       like: for each result an array of its shape; `None` if it may have any shape.
       what: the results in words, for the error.
     """
-    name = getattr(function, "__qualname__", type(function).__name__)
+    name = _name_of(function)
     if not isinstance(results, tuple | list):
         kind = "None" if results is None else f"a {type(results).__name__}"
         if is_array(results):
@@ -294,6 +333,10 @@ class Recurrence:
         """
         wide, stored, seen = self.advanced(c, g, slots, key, rows)
         u = self.direction(c, wide, *seen)
+        if isinstance(u, tuple | list):
+            raise WrongResultError(
+                f"{_name_of(self.direction)} returned a tuple, expected the update"
+            )
         checked_results(self.direction, [u], [g], "the update")
         return u.astype(g.dtype), *stored
 
@@ -348,8 +391,21 @@ class Recurrence:
 def correction(b: Number, t: chex.Array) -> chex.Array:
     """The bias correction `1 - b**t`, computed by expm1: accurate from the first step on.
 
-    An array `b` outside of [0, 1) makes the result NaN; a Python number raises an error.
+    Args:
+      b: the decay. An array outside of [0, 1) makes the result NaN; a Python number raises an
+        error.
+      t: the number of the step, 1 for the first, in the compute dtype: `step_number(count, real)`.
+
+    Raises:
+      TypeError: `t` is no array of float32 or float64.
     """
+    dtype = getattr(t, "dtype", None)
+    if dtype is None or dtype not in _COMPUTE_DTYPES:
+        kind = repr(t) if dtype is None else f"an array of {dtype}"
+        raise TypeError(
+            f"correction: t is {kind}, expected an array of float32 or float64: "
+            "step_number(count, real) makes it from the count before the step"
+        )
     if is_array(b):
         b = checked_in_range(b, BETA)
         b = b.astype(promoted_dtype(b.dtype, t.dtype))

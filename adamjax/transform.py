@@ -13,7 +13,14 @@ import numpy as np
 
 from adamjax.coasting import Coast
 from adamjax.data import Data, Tree, static
-from adamjax.leaves import described, expect_stored, fault_of_dtype, lift, match_leaves
+from adamjax.leaves import (
+    described,
+    expect_one_for_each_leaf,
+    expect_stored,
+    fault_of_dtype,
+    lift,
+    match_leaves,
+)
 from adamjax.moments import widen
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
@@ -480,7 +487,10 @@ class Scaling(Transform):
         if state is None:
             return 1, 0
         factors, _ = self.factors(params, state)
-        return (factors[leaf] if isinstance(factors, list) else factors)(real), 0
+        if not isinstance(factors, list):
+            return factors(real), 0
+        expect_one_for_each_leaf(type(self).__name__, factors, flatten(params)[0], "params")
+        return factors[leaf](real), 0
 
     def scaled(self, factors: Any, updates: Tree, params: Tree) -> Tree:
         """The updates times their factors."""

@@ -660,6 +660,75 @@ def test_lift_refuses_scalars_that_are_not_a_function():
             extend.lift("mine", twice, scalars, {"w": jnp.ones(2)})
 
 
+class four_factors(extend.Scaling):
+    def init(self, params):
+        return ()
+
+    def factors(self, tree, state):
+        return [lambda real: extend.scalar(2.0, real)] * 4, state
+
+
+@pytest.mark.parametrize("num_leaves", [3, 5])
+def test_a_list_of_scalars_has_one_for_each_leaf(num_leaves):
+    params = {str(i): jnp.ones((2, 2)) for i in range(num_leaves)}
+    chained = adamjax.chain(adamjax.scale_by_adam(), four_factors())
+    exact = adamjax.exact_rows(chained, "0")
+    for tx in (four_factors(), chained, exact):
+        with pytest.raises(ValueError, match=rf"is a list of 4 .* each of the {num_leaves} leaves"):
+            tx.update(params, tx.init(params), params)
+    right = {**params, "4": None, "3": jnp.arange(2)} if num_leaves == 3 else dict(params)
+    del right["4"]
+    assert_same(four_factors().update(right, (), right)[0]["0"], jnp.full((2, 2), 2.0))
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+WRONG_DTYPES = {
+    "an integer step": (
+        lambda: extend.correction(0.9, jnp.int32(3)),
+        r"t is an array of int32, .*",
+    ),
+    "a step of Python": (
+        lambda: extend.correction(0.9, 3),
+        r"t is 3, expected an array of float32",
+    ),
+    "an integer step of an array": (
+        lambda: extend.correction(jnp.float32(0.9), extend.next_count(jnp.int32(2))),
+        r"step_number\(count, real\) makes it",
+    ),
+    "a narrow step": (lambda: extend.correction(0.9, jnp.bfloat16(3)), "t is an array of bfloat16"),
+    "an integer dtype": (lambda: extend.scalar(0.9, jnp.int32), "scalar: the dtype is int32"),
+    "a narrow epsilon": (
+        lambda: extend.positive_epsilon(1e-8, jnp.float16),
+        "the dtype is float16, expected float32 or float64",
+    ),
+    "a narrow average": (
+        lambda: extend.averaging(0.999, jnp.bfloat16),
+        "averaging: the dtype is bfloat16",
+    ),
+    "a number of an integer dtype": (
+        lambda: extend.step_number(jnp.int32(3), jnp.int32),
+        "step_number: the dtype is int32",
+    ),
+    "a count of Python": (
+        lambda: extend.step_number(3, jnp.float32),
+        "the count is 3, expected an",
+    ),
+    "a count that is no integer": (
+        lambda: extend.next_count(jnp.float32(3)),
+        "next_count: the count is an array of float32, expected an array of integers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DTYPES)
+def test_arithmetic_refuses_dtypes_in_which_it_would_be_wrong(name):
+    call, message = WRONG_DTYPES[name]
+    for function in (call, jax.jit(call)):
+        with pytest.raises(TypeError, match=message):
+            function()
+
+
 # --- results of the function for lift -------------------------------------------------------------
 
 WRONG_RESULTS = {
@@ -675,6 +744,10 @@ WRONG_RESULTS = {
     "moments": (
         extend.Recurrence(lambda c, g, m: m + g, lambda c, g, m: m),
         r"returned an array of shape \[2, 3\], expected a tuple: the new slots",
+    ),
+    "a direction in a tuple": (
+        extend.Recurrence(lambda c, g, m: (m + g,), lambda c, g, m: (m,)),
+        "returned a tuple, expected the update",
     ),
     "direction": (
         extend.Recurrence(lambda c, g, m: (m + g,), lambda c, g, m: m[0]),
