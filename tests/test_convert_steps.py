@@ -1073,6 +1073,24 @@ def test_sums_of_micro_batches_in_the_middle_of_a_step_are_refused():
         convert.to_optax(new, ours, TWO_LEAVES, theirs)
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("boundary", [30_000, 40_000])
+def test_boundaries_of_functions_are_compared_with_many_micro_batches_too(native, boundary):
+    """They show only in the program of an update; with so many calls, other counts are few."""
+
+    def schedule(count):
+        return optax.piecewise_constant_schedule(1e-3, {count: 0.1})
+
+    theirs = multi_steps(optax.adam(schedule(30_000)), 64)
+    rate = (
+        adamjax.piecewise_constant([boundary - 1], [1e-3, 1e-4]) if native else schedule(boundary)
+    )
+    ours = adamjax.accumulate_gradients(adam_like_optax(rate), 64)
+    refused = pytest.raises(ValueError, match=STEPS_DIFFER)
+    with nullcontext() if boundary == 30_000 else refused:
+        convert.from_optax(theirs.init(TWO_LEAVES), ours, TWO_LEAVES, theirs)
+
+
 @pytest.mark.slow
 def test_parts_with_micro_batches_of_their_own_take_as_many_calls_as_one_part():
     params = {"a": jnp.ones(3), "b": jnp.ones(3)}
@@ -1636,6 +1654,25 @@ def test_a_leaf_without_a_rule_near_the_end_of_a_schedule_is_no_false_alarm():
         [("b", adamjax.scale_by_learning_rate(rate))], default=adam_like_optax()
     )
     convert.from_optax(after_small_gradients(theirs, 97), ours, TWO_LEAVES, theirs)
+
+
+@pytest.mark.parametrize("clip", ["global norm", "adaptive"])
+def test_a_momentum_without_a_rule_after_the_end_of_a_schedule_is_no_false_alarm(clip):
+    """The rate ends at 0 but for rounding; before, it multiplied a momentum of many gradients."""
+    rate, momentum = optax.linear_schedule(1e-2, 0.0, 200), optax.trace(0.9)
+    theirs = optax.multi_transform(
+        {"x": optax.adam(0.1), "y": optax.chain(momentum, optax.scale_by_learning_rate(rate))},
+        LABELS,
+    )
+    end = adamjax.scale_by_learning_rate(adamjax.polynomial_decay(1e-2, 200, 0.0))
+    ours = adamjax.partition([("a", adam_like_optax())], default=adamjax.chain(momentum, end))
+    if clip == "adaptive":
+        their_clip = our_clip = optax.adaptive_grad_clip(0.1)
+    else:
+        their_clip, our_clip = optax.clip_by_global_norm(1.0), adamjax.clip_by_global_norm(1.0)
+    theirs, ours = optax.chain(their_clip, theirs), adamjax.chain(our_clip, ours)
+    old = after_small_gradients(theirs, 400)
+    convert.from_optax(old, ours, TWO_LEAVES, theirs)
 
 
 # --- weights and gradients ------------------------------------------------------------------------

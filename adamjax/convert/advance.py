@@ -31,6 +31,7 @@ __all__ = [
     "late_zero_rule_state",
     "may_count_calls",
     "unchanged_rule_state",
+    "with_floats_of",
     "with_halved_values",
     "with_hyperparams_of",
     "with_zeros_replaced",
@@ -197,6 +198,19 @@ def with_hyperparams_of(fresh: Any, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, x, other: other if _is_hyperparameter(path) else x, fresh, state
     )
+
+
+def with_floats_of(fresh: Any, state: Any) -> Any:
+    """A fresh state with the floats of another, such as the momenta of SGD; rules stay fresh."""
+
+    def is_rule(x: Any) -> bool:
+        return role_of(x) == "rule" or bool(rule_slots(x))
+
+    def chosen(initial: Any, x: Any) -> Any:
+        is_float = not is_rule(initial) and jnp.issubdtype(dtype_of(x), jnp.inexact)
+        return x if is_float else initial
+
+    return jax.tree.map(chosen, fresh, state, is_leaf=is_rule)
 
 
 def _hyperparams(state: Any) -> Iterator[tuple[str, Any]]:

@@ -1,9 +1,11 @@
-"""Finds where a transform depends on the shapes and dtypes of leaves, as a mask function may."""
+"""Finds what the program of an update shows of a transform: what it depends on, and its numbers."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adamjax._compat import ClosedJaxpr, Jaxpr, Literal
@@ -12,7 +14,7 @@ from adamjax.convert.values import leaves_by_path
 from adamjax.data import Tree
 from adamjax.leaves import dtype_of
 
-__all__ = ["leaves_of_parts", "operations", "program"]
+__all__ = ["leaves_of_parts", "operations", "program", "whole_numbers"]
 
 
 def leaves_of_parts(state: AdamjaxState) -> list[tuple[type, list[str]]]:
@@ -44,15 +46,51 @@ def operations(tx: Any, params: Tree) -> list[str]:
     return [name for name, _ in program(tx, params) if name != "convert_element_type"]
 
 
+def whole_numbers(program: ClosedJaxpr) -> set[int]:
+    """The whole numbers in the program of an update, such as the boundaries of a schedule.
+
+    Of arrays, only the numbers of small ones are included.
+    """
+    found: set[int] = set()
+    for value in _constants(program):
+        dtype = dtype_of(value)
+        is_real = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+        if is_real and np.size(value) <= _MOST_NUMBERS:
+            numbers = np.asarray(value).reshape(-1).tolist()
+            found |= {int(x) for x in numbers if math.isfinite(x) and x == int(x)}
+    return found
+
+
+# The most elements of an array whose numbers may be the boundaries of a schedule.
+_MOST_NUMBERS = 64
+
+
+def _constants(program: ClosedJaxpr) -> Iterator[Any]:
+    """The constants of a program, and of the programs inside it."""
+    yield from program.consts
+    for eqn in _equations(program.jaxpr):
+        yield from (x.val for x in eqn.invars if isinstance(x, Literal))
+        yield from (c for x in _inner_programs(eqn) if isinstance(x, ClosedJaxpr) for c in x.consts)
+
+
 def _operations(jaxpr: Jaxpr, with_positions: bool) -> Iterator[tuple[str, str]]:
-    for eqn in jaxpr.eqns:
+    for eqn in _equations(jaxpr):
         numbers: list[Any] = [x.val for x in eqn.invars if isinstance(x, Literal)]
         if with_positions and eqn.primitive.name in _OF_POSITIONS:
             numbers.append(eqn.params)
         yield eqn.primitive.name, repr(numbers)
-        inner = jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
-        )
-        for x in inner:
-            if isinstance(x, ClosedJaxpr | Jaxpr):
-                yield from _operations(x.jaxpr if isinstance(x, ClosedJaxpr) else x, with_positions)
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """The equations of a program, and of the programs inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for x in _inner_programs(eqn):
+            yield from _equations(x.jaxpr if isinstance(x, ClosedJaxpr) else x)
+
+
+def _inner_programs(eqn: Any) -> list[Any]:
+    inner = jax.tree.leaves(
+        list(eqn.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
+    )
+    return [x for x in inner if isinstance(x, ClosedJaxpr | Jaxpr)]

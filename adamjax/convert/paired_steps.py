@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax._compat import ClosedJaxpr
 from adamjax.convert.adamjax_state import AdamjaxState
 from adamjax.convert.sampling import longest_axis
 from adamjax.convert.values import leaves_by_path
@@ -249,6 +250,12 @@ class PairedSteps:
                 yield _OTHER_SIGNS, drawn.mixed
             else:
                 yield relative_size, drawn.varied if call % 2 else drawn.usual
+
+    def program(self, states: tuple[Any, Any]) -> ClosedJaxpr:
+        """The program of a call, which contains those of both updates."""
+        pools, sizes = self.pool[0].usual, np.ones(len(self.leaves))
+        program: ClosedJaxpr = self._call.trace(states, (pools, pools), (sizes, sizes)).jaxpr
+        return program
 
     def whole_call(self, ours: AdamjaxState, optimizer: Any) -> Any:
         """A function like `_call` for the whole model, if the present states are a sample of it.

@@ -26,11 +26,13 @@ from adamjax.convert.advance import (
     late_zero_rule_state,
     may_count_calls,
     unchanged_rule_state,
+    with_floats_of,
     with_halved_values,
     with_hyperparams_of,
     with_zeros_replaced,
 )
 from adamjax.convert.closeness import Closeness
+from adamjax.convert.decisions import whole_numbers
 from adamjax.convert.optax_state import read_state, role_of
 from adamjax.convert.paired_steps import OWN_WEIGHTS, WEIGHT_SIZES, ZERO_WEIGHTS, PairedSteps, Step
 from adamjax.convert.sampling import sampled
@@ -40,6 +42,7 @@ from adamjax.convert.values import dense_totals, leaves_by_path
 from adamjax.convert.widening import widened
 from adamjax.data import Tree
 from adamjax.guard import AccumulateGradientsState, accumulate_gradients
+from adamjax.leaves import dtype_of
 from adamjax.replicas import sum_over
 from adamjax.scaling import ScheduleState
 from adamjax.schedule import by_path
@@ -61,7 +64,7 @@ _LATER_SIZES = (1.0, 1e3, 1e-3, 1.0)
 # The sizes for steps with `varies_like_moments`, relative like _SIZES.
 _VARIED_SIZES = (1.0, 0.3)
 # Absolute sizes of the gradients of leaves without a rule at earlier counts, besides 1.
-_PAST_SIZES = (1e-8, 1e8)
+_PAST_SIZES = (1e-8, 1e-3, 1e3, 1e8)
 # Absolute sizes, at which most clips show.
 _CLIPPED_SIZES = (1.0, 1e4)
 # Gradients that are not finite, each with a size of weights. The last has large weights, because
@@ -83,8 +86,10 @@ _MOST_ZERO_STEPS, _SMALL_EPS, _SIZE_AFTER_ZEROS = 300, 1e-7, 0.01
 # second, and at powers of two up to the last; fewer of them if the limits below require it.
 _EACH, _CLOSE, _LAST = 500, 1 << 20, 1 << 24
 # Limits on the later counts: their number, and for all of them the calls and the updated elements.
-# A large model, or one with many micro-batches, is compared at fewer counts.
+# A large model, or one with many micro-batches, is compared at fewer counts. But at least so many
+# are near the ends of schedules.
 _MOST_COUNTS, _FEWEST_COUNTS, _MOST_CALLS, _MOST_ELEMENTS = 400, 12, 10_000, 1 << 29
+_FEWEST_ENDS = 32
 # The sizes of weights at these counts, in turn. A transform that keeps weights nonnegative hides
 # differences, unless the weights are those of the model.
 _LATER_WEIGHTS = (WEIGHT_SIZES[0], WEIGHT_SIZES[1], WEIGHT_SIZES[0], OWN_WEIGHTS)
@@ -220,9 +225,15 @@ class _Comparison:
         if not np.all(self.closeness.has_rule):
             # There updates depend on the sizes of gradients.
             sequences += [[Step(size * ones)] for size in _PAST_SIZES]
-        fresh = tuple(map(with_hyperparams_of, self.fresh, (self.ours.state, self.state)))
-        for steps in sorted({now * i // 16 for i in (0, 1, 2, 4, 8, 12)}):
-            states = self._advance(fresh, fresh, jnp.int32(steps))
+        present = self.ours.state, self.state
+        starts = [tuple(map(with_hyperparams_of, self.fresh, present))]
+        others = jax.tree.leaves(self.source.other_states)
+        if any(jnp.issubdtype(dtype_of(x), jnp.inexact) for x in others):
+            # The present momenta may be far larger than the gradients of a step.
+            starts.append(tuple(map(with_floats_of, self.fresh, present)))
+        counts = sorted({now * i // 16 for i in (0, 1, 2, 4, 8, 12)})
+        for start, steps in itertools.product(starts, counts):
+            states = self._advance(start, self.fresh, jnp.int32(steps))
             for weight_size, steps_taken in itertools.product(
                 (*WEIGHT_SIZES, ZERO_WEIGHTS, OWN_WEIGHTS), sequences
             ):
@@ -506,20 +517,27 @@ class _Comparison:
         most = max(most, _FEWEST_COUNTS)
         # From these the steps pass the end of a part of a schedule, which counts steps or calls.
         near_ends: list[int] = []
-        for end, count, unit in itertools.product(
-            ends_of_schedules(self.ours.tx), sorted(now), {1, calls}
-        ):
+        for end, count, unit in itertools.product(self._ends(), sorted(now), {1, calls}):
             start = (end - count) // unit - 2
             if start > 0 and not any(abs(start - other) <= 1 for other in near_ends):
                 near_ends.append(start)
-        near_ends = near_ends[: most - most // 3]
+        near_ends = near_ends[: max(most - most // 3, _FEWEST_ENDS)]
         grid = {*range(each, _EACH, each), *(1 << i for i in range(_LAST.bit_length()))}
         grid |= {int(_EACH * 1.03**i) for i in range(int(math.log(_CLOSE / _EACH) / 0.03))}
         ordered = sorted(grid)
-        chosen = {*near_ends, *ordered[:: -(-len(ordered) // (most - len(near_ends)))]}
+        most_of_grid = max(most - len(near_ends), _FEWEST_COUNTS // 3)
+        chosen = {*near_ends, *ordered[:: -(-len(ordered) // most_of_grid)]}
         for steps in sorted(chosen):
             if not any(self._is_negative(part, steps, each) for part in scheduled):
                 yield f"count {min(steps + count for count in now)}", steps
+
+    def _ends(self) -> list[int]:
+        """Counts where parts of schedules may end, the likeliest first."""
+        ends = dict.fromkeys(ends_of_schedules(self.ours.tx))
+        # A schedule that is a function shows its numbers only in the program of an update.
+        numbers = whole_numbers(self.steps.program((self.ours.state, self.state)))
+        ends |= dict.fromkeys(ends_of_schedules([n for n in numbers if n > len(_LATER_SIZES)]))
+        return list(ends)
 
     def _is_negative(self, part: Part, steps: int, each: int) -> bool:
         """Whether a rate is below 0 soon after so many steps, as after the end of a training."""
