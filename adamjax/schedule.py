@@ -12,6 +12,7 @@ value between -1e-6 and 0 counts as 0.) A count below 0 makes the rate NaN too. 
 
 import copy
 import dataclasses
+import fractions
 import functools
 import itertools
 import math
@@ -254,13 +255,18 @@ def _units(count: chex.Array, steps: Number) -> _Units:
 
     A division of floats is not enough: compiled code multiplies by a rounded reciprocal, so the
     quotient may be just below a whole number although the count is a multiple. And a float cannot
-    represent every integer. So integers are divided as integers, and the quotient of floats is
+    represent every integer. So integers are divided as integers. So are ratios of small integers,
+    such as the Python number 1000/3, three times which is 1000. The quotient of other floats is
     corrected. An array of steps, which may be traced, is not checked: an integer 0 counts as 1, a
     float 0 as the smallest normal float, and a number below 0 makes the result NaN.
     """
     if not is_array(steps):
-        if steps == math.floor(steps) and jnp.issubdtype(count.dtype, jnp.integer):
-            return _units_of_integers(count, int(steps))
+        if jnp.issubdtype(count.dtype, jnp.integer):
+            if steps == math.floor(steps):
+                return _units_of_integers(count, int(steps))
+            ratio = _ratio(float(steps))
+            if ratio is not None:
+                return _units_of_ratio(count, *ratio)
         return _units_of_floats(_float(count), _float(steps))
     common = _common_integer(count.dtype, steps.dtype)
     if common is not None:
@@ -295,10 +301,37 @@ def _units_of_integers(count: chex.Array, steps: Any) -> _Units:
     return _Units(_float(whole), _float(remainder) / _float(steps), left)
 
 
+# The largest denominator of a length that is taken as a ratio.
+_MOST_DENOMINATOR = 10_000
+
+
+@functools.cache
+def _ratio(steps: float) -> tuple[int, int] | None:
+    """A length as a ratio of small whole numbers, such as 1000 and 3; `None` if it is none."""
+    ratio = fractions.Fraction(steps).limit_denominator(_MOST_DENOMINATOR)
+    numerator, denominator = ratio.numerator, ratio.denominator
+    is_small = 0 < numerator * denominator <= LAST_COUNT
+    return (numerator, denominator) if is_small and numerator / denominator == steps else None
+
+
+def _units_of_ratio(count: chex.Array, numerator: int, denominator: int) -> _Units:
+    """`_units` for an integer count and a ratio, by exact integer division.
+
+    The product of the ratio's numbers must be at most 2**31 - 1.
+    """
+    if jnp.iinfo(count.dtype).max < LAST_COUNT:
+        count = count.astype(jnp.int32)
+    # In so many steps, a whole number of units passes: the denominator.
+    many = count // numerator
+    rest = (count - many * numerator) * denominator
+    units = _units_of_integers(rest, numerator)
+    return units._replace(whole=_float(many) * denominator + units.whole)
+
+
 def _units_of_floats(count: chex.Array, steps: chex.Array) -> _Units:
     """`_units` in floats: exact if products of `steps` with whole numbers are exact.
 
-    A count is a multiple if it is the rounded product: 1000 is three times 1000/3.
+    A count is a multiple if it is such a product after rounding.
     """
     steps = jnp.maximum(steps, jnp.finfo(steps.dtype).tiny)
     # The quotient may be off by one.

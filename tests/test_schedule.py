@@ -1,6 +1,7 @@
 """Schedules against Keras' formulas in float64 NumPy, and rates by path."""
 
 import copy
+import fractions
 import functools
 import math
 
@@ -269,27 +270,43 @@ def test_a_staircase_of_any_kind_of_length_changes_at_its_multiples(steps, as_ar
         assert float(call(t)) == np.float32(0.5 ** math.floor(t / n)), t
 
 
-# Whole counts, and into how many parts of a fractional length they are split.
-SPLIT_COUNTS = [(1000, 3), (2000, 3), (500, 6), (1000, 7), (617, 5), (469, 5), (11, 5), (100, 30)]
+# Lengths that are no whole numbers, as numerator and denominator.
+RATIOS = [(total, n) for total in (500, 1000, 1900, 3900, 7500) for n in (3, 7, 11, 13, 15)]
+RATIOS += [(50_000, 96), (99, 10), (667, 10), (3, 10), (617, 5), (11, 5), (2_000_003, 7)]
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("as_argument", [False, True])
-def test_a_cycle_of_fractional_length_ends_at_whole_multiples(wide, as_argument):
-    """The product of such a length with a whole number is whole only after rounding."""
-    counts = np.array([count for count, _ in SPLIT_COUNTS], np.int32)
-    lengths = [count / parts for count, parts in SPLIT_COUNTS]
+def test_fractional_lengths_have_whole_multiples(wide):
+    """Rounded to a float, the product of such a length with a whole number may be off."""
+    ratios = [fractions.Fraction(*pair) for pair in RATIOS]
+    # The second multiple that is a whole number, and the counts beside it.
+    counts = np.array([2 * r.numerator + i for r in ratios for i in (-1, 0, 1)], np.int32)
+    passed = [t / r for r, t in zip(np.repeat(ratios, 3), counts.tolist(), strict=True)]
+    lengths = [numerator / denominator for numerator, denominator in RATIOS]
 
-    def make(n):
-        return polynomial_decay(0.1, n, 0.001, cycle=True)
+    def rates(make):
+        schedules = [make(n) for n in np.repeat(lengths, 3).tolist()]
+        with enable_x64(wide):
+            call = jax.jit(lambda t: [f(x) for f, x in zip(schedules, t, strict=True)])
+            return np.array(call(counts))
 
+    staircase = rates(lambda n: inverse_time_decay(1.0, n, 1.0, staircase=True))
+    np.testing.assert_allclose(staircase, [1 / (1 + math.floor(x)) for x in passed], rtol=1e-6)
+    cycle = rates(lambda n: polynomial_decay(1.0, n, 0.5, cycle=True))
+    left = [1 - float(x / math.ceil(x)) for x in passed]
+    np.testing.assert_allclose(cycle, 0.5 + 0.5 * np.array(left), rtol=1e-6)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_cycle_of_a_traced_fractional_length_ends_at_multiples(wide):
+    """The remainder of a product that is whole only after rounding must not be below 0."""
+    pairs = [(1000, 3), (2000, 3), (500, 6), (1000, 7), (617, 5), (469, 5), (11, 5), (100, 30)]
+    counts = np.array([count for count, _ in pairs], np.int32)
     with enable_x64(wide):
-        if as_argument:
-            rates = jax.jit(jax.vmap(lambda n, t: make(n)(t)))(jnp.array(lengths), counts)
-        else:
-            schedules = [make(n) for n in lengths]
-            rates = jax.jit(lambda t: [f(x) for f, x in zip(schedules, t, strict=True)])(counts)
-    np.testing.assert_allclose(np.array(rates), 0.001, rtol=1e-3)
+        lengths = jnp.array([count / parts for count, parts in pairs])
+        call = jax.vmap(lambda n, t: polynomial_decay(0.1, n, 0.001, cycle=True)(t))
+        rates = np.array(jax.jit(call)(lengths, counts))
+    np.testing.assert_allclose(rates, 0.001, rtol=1e-3)
 
 
 # Counts around the changes of the schedules, and large ones.

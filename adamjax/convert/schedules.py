@@ -1,5 +1,6 @@
 """Schedules of other libraries, and at which counts two schedules are compared."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,6 +27,8 @@ _LAST, _MOST_LENGTHS = 2**30, 8
 # The last counts for schedules of other libraries, and for functions of the user: products with
 # larger counts easily exceed int32.
 _LAST_OF_FOREIGN, _LAST_OF_FUNCTIONS = 2**20, 2**24
+# The number of intervals between earlier counts at which a schedule is called.
+_EARLIER = 16
 
 
 class ForeignSchedule:
@@ -78,10 +81,9 @@ class ForeignSchedule:
             return False
         if math.isnan(called):
             return math.isnan(value)
-        # Values at later counts may be far larger, if a rate grows.
-        so_far = (abs(x) for at, x in self.values.items() if at <= count and math.isfinite(x))
-        largest = max(so_far, default=0.0)
-        if math.isclose(called, value, rel_tol=1e-4, abs_tol=1e-6 * largest):
+        if math.isclose(called, value, rel_tol=1e-4):
+            return True
+        if abs(called - value) <= 1e-6 * self._largest_until(count):
             return True
         # If the library divides the count by a period in float32, the error of the quotient is that
         # of a count which is off by this many steps. After many periods, this error is large.
@@ -91,6 +93,14 @@ class ForeignSchedule:
         except ValueError:
             return False
         return abs(called - value) <= change * steps
+
+    def _largest_until(self, count: int) -> float:
+        """The largest value at some counts up to this one. A rate that grows is larger later."""
+        for i in range(_EARLIER + 1):
+            with contextlib.suppress(ValueError):
+                self.called(count * i // _EARLIER)
+        so_far = (abs(x) for at, x in self.values.items() if at <= count and math.isfinite(x))
+        return max(so_far, default=0.0)
 
     def numbers(self) -> list[Any]:
         """The numbers that the schedule was built from."""
