@@ -14,7 +14,14 @@ import numpy as np
 from adamjax.buckets import Plan, as_tree, is_bucketed
 from adamjax.data import Tree, static
 from adamjax.encoding import SCALED8, SLOT_DTYPE_FIELDS
-from adamjax.leaves import dtype_of, expect_like, is_arraylike, is_left_alone, match_leaves
+from adamjax.leaves import (
+    dtype_of,
+    expect_like,
+    is_arraylike,
+    is_left_alone,
+    joined_leaves,
+    match_leaves,
+)
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient
 from adamjax.structure import map_slots, walk
@@ -194,9 +201,10 @@ class grouped(Transform):
         ]
         step_plan = plan.without(to_split)
         grads, *params_if_given = map(step_plan.join, inputs)
-        new_updates, new_state = self.tx.update(
-            grads, _regroup(state, step_plan), *params_if_given, **extra_args
-        )
+        with joined_leaves(bool(step_plan.buckets)):
+            new_updates, new_state = self.tx.update(
+                grads, _regroup(state, step_plan), *params_if_given, **extra_args
+            )
         return as_tree(new_updates), _regroup(new_state, state_plan)
 
     def _plan_for(self, updates: Tree, state: Any, params: Tree) -> tuple[Plan, str]:

@@ -1,8 +1,10 @@
 """Matches and checks the leaves of trees, and applies a rule on arrays to each leaf."""
 
+import contextlib
+import contextvars
 import functools
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import chex
@@ -35,6 +37,7 @@ from adamjax.rows import (
 )
 
 __all__ = [
+    "LeafFactors",
     "Rows",
     "apply_updates",
     "as_arrays",
@@ -51,6 +54,7 @@ __all__ = [
     "fault_of_dtype",
     "is_arraylike",
     "is_left_alone",
+    "joined_leaves",
     "lift",
     "match_leaves",
     "needed",
@@ -486,6 +490,12 @@ def lift(
     leaves = match_leaves(owner, name, grads, like, like_name)
     if isinstance(scalars, list):
         expect_one_for_each_leaf(owner, scalars, leaves, like_name)
+        if slots and _leaves_are_joined.get() and not isinstance(scalars, LeafFactors):
+            raise ValueError(
+                f"{owner}: scalars is a list with a function for each leaf, but grouped or "
+                "exact_rows has joined leaves, which no longer have their own paths: set "
+                "groupable = False in the transform"
+            )
     # Kinds may differ: a rule stores the size of a complex gradient in a real slot.
     columns = [
         match_leaves(owner, slot_name, slot, like, like_name, kinds=False, grads=leaves)
@@ -556,6 +566,26 @@ def _expect_options(owner: str, scalars: Any, rows: Any) -> None:
                 f"{owner}: scalars has {function!r:.100}, expected a function of a dtype that "
                 "returns the scalars, or a list with such a function for each leaf"
             )
+
+
+class LeafFactors(list[Any]):
+    """A list of scalars, one for each leaf, that is right for joined leaves too.
+
+    It is made of the factors of transforms that treat the joined leaves alike.
+    """
+
+
+_leaves_are_joined = contextvars.ContextVar("leaves_are_joined", default=False)
+
+
+@contextlib.contextmanager
+def joined_leaves(are_joined: bool) -> Iterator[None]:
+    """In this context, `lift` gets several leaves joined in one array, if `are_joined`."""
+    token = _leaves_are_joined.set(are_joined)
+    try:
+        yield
+    finally:
+        _leaves_are_joined.reset(token)
 
 
 def expect_one_for_each_leaf(

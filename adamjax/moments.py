@@ -348,7 +348,7 @@ class Recurrence:
         `direction` gets narrow slots as they are stored. If it got unrounded slots, XLA would
         compute these again from the old slots, and copy the old slots before it overwrites them.
         """
-        real = compute_dtype(g.dtype, slots[-1].dtype)
+        real = compute_dtype(g.dtype, *(x.dtype for x in slots))
         stored: list[Any] = []
         seen: list[chex.Array] = []
 

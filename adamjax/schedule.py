@@ -301,31 +301,40 @@ def _units_of_integers(count: chex.Array, steps: Any) -> _Units:
     return _Units(_float(whole), _float(remainder) / _float(steps), left)
 
 
-# The largest denominator of a length that is taken as a ratio.
-_MOST_DENOMINATOR = 10_000
+# The largest denominator and numerator of a length that is taken as a ratio.
+_MOST_DENOMINATOR, _MOST_NUMERATOR = 10_000, 2**29
 
 
 @functools.cache
 def _ratio(steps: float) -> tuple[int, int] | None:
-    """A length as a ratio of small whole numbers, such as 1000 and 3; `None` if it is none."""
+    """A length as a ratio of whole numbers, such as 1000 and 3; `None` if it is none."""
     ratio = fractions.Fraction(steps).limit_denominator(_MOST_DENOMINATOR)
     numerator, denominator = ratio.numerator, ratio.denominator
-    is_small = 0 < numerator * denominator <= LAST_COUNT
-    return (numerator, denominator) if is_small and numerator / denominator == steps else None
+    # A length may be computed with a few rounding errors, as 2.4 * 1_281_167 / 4096.
+    is_near = math.isclose(numerator / denominator, steps, rel_tol=1e-15)
+    return (numerator, denominator) if is_near and 0 < numerator < _MOST_NUMERATOR else None
 
 
 def _units_of_ratio(count: chex.Array, numerator: int, denominator: int) -> _Units:
-    """`_units` for an integer count and a ratio, by exact integer division.
-
-    The product of the ratio's numbers must be at most 2**31 - 1.
-    """
+    """`_units` for an integer count and a ratio, by exact integer division."""
     if jnp.iinfo(count.dtype).max < LAST_COUNT:
         count = count.astype(jnp.int32)
     # In so many steps, a whole number of units passes: the denominator.
     many = count // numerator
-    rest = (count - many * numerator) * denominator
-    units = _units_of_integers(rest, numerator)
-    return units._replace(whole=_float(many) * denominator + units.whole)
+    rest = count - many * numerator
+    # The long division of `rest * denominator` by the numerator. Its digits have so few bits that
+    # no number exceeds int32.
+    bits = (LAST_COUNT // numerator).bit_length() - 2
+    num_digits = -(-denominator.bit_length() // bits)
+    whole, remainder = jnp.zeros_like(rest), jnp.zeros_like(rest)
+    for i in reversed(range(num_digits)):
+        digit = denominator >> (i * bits) & ((1 << bits) - 1)
+        part = remainder * (1 << bits) + rest * digit
+        whole = whole * (1 << bits) + part // numerator
+        remainder = part % numerator
+    left = jnp.where(remainder == 0, 1, _float(numerator - remainder) / float(numerator))
+    fraction = _float(remainder) / float(numerator)
+    return _Units(_float(many) * denominator + _float(whole), fraction, left)
 
 
 def _units_of_floats(count: chex.Array, steps: chex.Array) -> _Units:

@@ -14,6 +14,7 @@ import numpy as np
 from adamjax.coasting import Coast
 from adamjax.data import Data, Tree, static
 from adamjax.leaves import (
+    LeafFactors,
     described,
     expect_one_for_each_leaf,
     expect_stored,
@@ -587,4 +588,4 @@ def times(scalars: Callable[[Any], Any], factors: Any) -> Any:
         return product(factors)
     # Leaves with the same factor must get the same function, because `lift` groups them by it.
     by_id = {id(factor): product(factor) for factor in factors}
-    return [by_id[id(factor)] for factor in factors]
+    return LeafFactors(by_id[id(factor)] for factor in factors)

@@ -1091,6 +1091,18 @@ def test_boundaries_of_functions_are_compared_with_many_micro_batches_too(native
         convert.from_optax(theirs.init(TWO_LEAVES), ours, TWO_LEAVES, theirs)
 
 
+def test_the_last_of_many_boundaries_is_compared_with_many_micro_batches_too():
+    counts = [1000 * i for i in range(1, 21)]
+    theirs = multi_steps(
+        optax.adam(optax.piecewise_constant_schedule(1e-3, dict.fromkeys(counts, 0.8))), 32
+    )
+    boundaries = [count - 1 for count in [*counts[:-1], counts[-1] + 4000]]
+    rate = adamjax.piecewise_constant(boundaries, [1e-3 * 0.8**i for i in range(21)])
+    ours = adamjax.accumulate_gradients(adam_like_optax(rate), 32)
+    with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.from_optax(theirs.init(TWO_LEAVES), ours, TWO_LEAVES, theirs)
+
+
 @pytest.mark.slow
 def test_parts_with_micro_batches_of_their_own_take_as_many_calls_as_one_part():
     params = {"a": jnp.ones(3), "b": jnp.ones(3)}
@@ -1642,6 +1654,18 @@ def test_a_later_rate_of_a_leaf_without_a_rule_is_compared(name):
         convert.from_optax(after_small_gradients(theirs, steps), ours, TWO_LEAVES, theirs)
     with pytest.raises(ValueError, match=STEPS_DIFFER):
         convert.to_optax(after_small_gradients(ours, steps), ours, TWO_LEAVES, theirs)
+
+
+@pytest.mark.parametrize("last_step", [89, 90])
+def test_a_drop_of_a_leaf_without_a_rule_is_compared_to_the_step(last_step):
+    """optax takes the first count with the new rate, adamjax the last one with the old rate."""
+    rate = optax.piecewise_constant_schedule(0.1, {90: 0.5})
+    theirs = optax.multi_transform({"x": optax.adam(0.1), "y": optax.sgd(rate)}, LABELS)
+    drop = adamjax.scale_by_learning_rate(adamjax.piecewise_constant([last_step], [0.1, 0.05]))
+    ours = adamjax.partition([("a", adam_like_optax())], default=drop)
+    refused = pytest.raises(ValueError, match=STEPS_DIFFER)
+    with nullcontext() if last_step == 89 else refused:
+        convert.from_optax(theirs.init(TWO_LEAVES), ours, TWO_LEAVES, theirs)
 
 
 def test_a_leaf_without_a_rule_near_the_end_of_a_schedule_is_no_false_alarm():

@@ -681,6 +681,66 @@ def test_a_list_of_scalars_has_one_for_each_leaf(num_leaves):
     assert_same(four_factors().update(right, (), right)[0]["0"], jnp.full((2, 2), 2.0))
 
 
+@extend.transform_state("m")
+class OneMomentState(NamedTuple):
+    count: Any
+    m: Any
+
+
+class by_name(extend.Rule):
+    """A momentum in which the leaf called "user" has another weight than the others."""
+
+    b: extend.Number = 0.5
+    rows: extend.Rows = extend.static(default="dense", kw_only=True)
+
+    def init(self, params):
+        slots = extend.new_slots(params, jnp.zeros_like)
+        return OneMomentState(jnp.zeros((), jnp.int32), slots)
+
+    def coast(self):
+        return extend.Coast(self.b, size=None, decays=(("m", self.b),))
+
+    def momentum_coefficient(self, state, real):
+        return extend.scalar(1.0, real)
+
+    def update(self, updates, state, params=None, **extra_args):
+        def scalars(weight):
+            return lambda real: (extend.averaging(self.b, real), extend.scalar(weight, real))
+
+        heavy, light = scalars(3.0), scalars(1.0)
+        each = [heavy if "user" in path else light for path in extend.leaf_paths(updates)]
+        rule = extend.Recurrence(lambda c, g, m: (c[0](m, c[1] * g),), lambda c, g, m: m)
+        u, m = extend.lift("by_name", rule, each, updates, (state.m,), rows=self.rows)
+        return u, OneMomentState(extend.next_count(state.count), m)
+
+
+class by_name_alone(by_name):
+    groupable = False
+
+
+@pytest.mark.parametrize("joined", ["grouped", "exact_rows"])
+def test_scalars_by_path_are_refused_for_joined_leaves(joined):
+    params = {"item": jnp.ones((9, 2)), "user": jnp.ones((9, 2))}
+    rows = adamjax.row_gradient(jnp.array([1, 3]), jnp.ones((2, 2)), 9)
+    grads = {"item": rows, "user": rows} if joined == "exact_rows" else params
+
+    def wrapped(rule):
+        tx = adamjax.chain(rule, adamjax.scale_by_learning_rate(0.5))
+        return adamjax.grouped(tx) if joined == "grouped" else adamjax.exact_rows(tx, ".*")
+
+    tx = wrapped(by_name(0.5))
+    with pytest.raises(ValueError, match=r"^by_name: scalars is a list .*groupable = False"):
+        tx.update(grads, tx.init(params), params)
+    if joined == "grouped":
+        with pytest.raises(ValueError, match="cannot take leaves in buckets"):
+            wrapped(by_name_alone(0.5))
+        return
+    tx = wrapped(by_name_alone(0.5))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    moved = adamjax.apply_updates(params, updates)
+    assert [float(moved[name][1, 0]) for name in ("item", "user")] == [0.75, 0.25]
+
+
 # --- arithmetic -----------------------------------------------------------------------------------
 
 WRONG_DTYPES = {

@@ -273,6 +273,7 @@ def test_a_staircase_of_any_kind_of_length_changes_at_its_multiples(steps, as_ar
 # Lengths that are no whole numbers, as numerator and denominator.
 RATIOS = [(total, n) for total in (500, 1000, 1900, 3900, 7500) for n in (3, 7, 11, 13, 15)]
 RATIOS += [(50_000, 96), (99, 10), (667, 10), (3, 10), (617, 5), (11, 5), (2_000_003, 7)]
+RATIOS += [(1_281_167, 4096), (12 * 1_281_167, 5 * 4096), (500_000_003, 2)]
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -95,12 +95,16 @@ class ForeignSchedule:
         return abs(called - value) <= change * steps
 
     def _largest_until(self, count: int) -> float:
-        """The largest value at some counts up to this one. A rate that grows is larger later."""
-        for i in range(_EARLIER + 1):
+        """The largest value at some counts up to this one. A rate that grows is larger later.
+
+        The first counts are left out: there, a rate like `1 / count` may be very large.
+        """
+        first = max(1, count // _EARLIER)
+        for i in range(1, _EARLIER + 1):
             with contextlib.suppress(ValueError):
                 self.called(count * i // _EARLIER)
-        so_far = (abs(x) for at, x in self.values.items() if at <= count and math.isfinite(x))
-        return max(so_far, default=0.0)
+        so_far = (x for at, x in self.values.items() if first <= at <= count)
+        return max((abs(x) for x in so_far if math.isfinite(x)), default=0.0)
 
     def numbers(self) -> list[Any]:
         """The numbers that the schedule was built from."""

@@ -89,7 +89,7 @@ _EACH, _CLOSE, _LAST = 500, 1 << 20, 1 << 24
 # A large model, or one with many micro-batches, is compared at fewer counts. But at least so many
 # are near the ends of schedules.
 _MOST_COUNTS, _FEWEST_COUNTS, _MOST_CALLS, _MOST_ELEMENTS = 400, 12, 10_000, 1 << 29
-_FEWEST_ENDS = 32
+_FEWEST_ENDS = 128
 # The sizes of weights at these counts, in turn. A transform that keeps weights nonnegative hides
 # differences, unless the weights are those of the model.
 _LATER_WEIGHTS = (WEIGHT_SIZES[0], WEIGHT_SIZES[1], WEIGHT_SIZES[0], OWN_WEIGHTS)
@@ -300,8 +300,13 @@ class _Comparison:
                     start, self._states(steps + i, unchanged_rule_state), weight_size, [step]
                 )
         if not np.all(self.closeness.has_rule):
-            # Without a rule, updates are as large as gradients, and would hide a decay.
+            # Without a rule, updates are as large as gradients. Large ones would hide a decay, and
+            # the end of a schedule in a step with a small one.
             self._expect_same(start, states, weight_size, [self._zero_step()], zero_grads=True)
+            if not self.closeness.rounds_later:
+                with self.closeness.alone():
+                    usual = [Step(self.steps.usual_sizes)] * len(later)
+                    self._expect_same(start, states, weight_size, usual)
 
     def _compare_at(self, steps: int, start: str) -> None:
         """Compares many steps from states whose schedules are advanced by this number of steps."""
@@ -517,7 +522,7 @@ class _Comparison:
         most = max(most, _FEWEST_COUNTS)
         # From these the steps pass the end of a part of a schedule, which counts steps or calls.
         near_ends: list[int] = []
-        for end, count, unit in itertools.product(self._ends(), sorted(now), {1, calls}):
+        for end, count, unit in itertools.product(self._ends(), sorted(now), self._units()):
             start = (end - count) // unit - 2
             if start > 0 and not any(abs(start - other) <= 1 for other in near_ends):
                 near_ends.append(start)
@@ -525,11 +530,23 @@ class _Comparison:
         grid = {*range(each, _EACH, each), *(1 << i for i in range(_LAST.bit_length()))}
         grid |= {int(_EACH * 1.03**i) for i in range(int(math.log(_CLOSE / _EACH) / 0.03))}
         ordered = sorted(grid)
-        most_of_grid = max(most - len(near_ends), _FEWEST_COUNTS // 3)
+        most_of_grid = max(most - len(near_ends), _FEWEST_COUNTS)
         chosen = {*near_ends, *ordered[:: -(-len(ordered) // most_of_grid)]}
         for steps in sorted(chosen):
             if not any(self._is_negative(part, steps, each) for part in scheduled):
                 yield f"count {min(steps + count for count in now)}", steps
+
+    def _units(self) -> set[int]:
+        """By how much the counts of schedules go up in a step: 1 inside an accumulation."""
+        are_inside = {
+            self.ours.num_accumulations(part) > 0
+            for part in self.ours.parts
+            if has_schedule(part.tx)
+        }
+        are_inside |= {count.in_accumulating for count in self.source.counts}
+        if not are_inside or any(map(may_count_calls, self.source.other_states)):
+            are_inside = {True, False}
+        return {1 if is_inside else self.steps.calls for is_inside in are_inside}
 
     def _ends(self) -> list[int]:
         """Counts where parts of schedules may end, the likeliest first."""

@@ -16,7 +16,7 @@ from adamjax.exact.route import capturing_at_rules
 from adamjax.exact.state import ExactRowsState, TableArrays
 from adamjax.exact.tables import Batch, Table, batches_of, due_rows, next_turn
 from adamjax.exact.ticket import Ticket
-from adamjax.leaves import dtype_of
+from adamjax.leaves import dtype_of, joined_leaves
 from adamjax.mesh import gather_rows
 from adamjax.moments import promoted_dtype
 from adamjax.paths import flatten
@@ -128,7 +128,8 @@ def _batch_step(
         ]
         if ready is None:
             ready = catch_up_rows(batch, past, current, indices)
-        u, slots = row_step(g, ready.slots, ready.weights)
+        with joined_leaves(len(tables) > 1):
+            u, slots = row_step(g, ready.slots, ready.weights)
         # One addition to the table makes a row catch up and takes its step, so that the row is
         # rounded once.
         update = (ready.moved + u.astype(first.real_dtype)).astype(g.dtype)
