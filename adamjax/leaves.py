@@ -477,6 +477,12 @@ def lift(
 
     Returns:
       The tree of updates, then the new slot trees.
+
+    Raises:
+      TypeError: `scalars` is no function, or the function returned something else than arrays of
+        the expected shapes.
+      ValueError: trees do not fit each other, a list of scalars has another length than the leaves,
+        or it is given for a rule whose leaves `grouped` or `exact_rows` has joined.
     """
     _expect_options(owner, scalars, rows)
     name, slot_name = names

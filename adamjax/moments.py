@@ -195,7 +195,11 @@ def step_number(count: chex.Array, real: Any) -> chex.Array:
 
 
 def next_count(count: chex.Array) -> chex.Array:
-    """The count after this step; it stays at the largest integer and does not wrap."""
+    """The count after this step; it stays at the largest integer and does not wrap.
+
+    Raises:
+      TypeError: the count is no array of integers.
+    """
     _expect_count("next_count", count)
     return count + (count < jnp.iinfo(count.dtype).max).astype(count.dtype)
 

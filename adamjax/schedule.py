@@ -12,12 +12,11 @@ value between -1e-6 and 0 counts as 0.) A count below 0 makes the rate NaN too. 
 
 import copy
 import dataclasses
-import fractions
 import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import chex
 import jax
@@ -43,7 +42,6 @@ from adamjax.moments import (
     at_least_float32,
     checked_in_range,
     expect_scalar,
-    promoted_dtype,
     saturating_cast,
 )
 from adamjax.paths import (
@@ -55,6 +53,7 @@ from adamjax.paths import (
     leaf_paths,
     paired,
 )
+from adamjax.units import as_float, in_units, power_of
 
 __all__ = [
     "Rate",
@@ -140,7 +139,7 @@ class _Compiled(Schedule):
         checked = copy.copy(self)
         for name, allowed in self._ranges.items():
             # An array below 0 becomes NaN. Numbers of steps may be integers and must stay integers:
-            # `_units` and `as_count` check arrays of them.
+            # `in_units` and `as_count` check arrays of them.
             value = getattr(self, name)
             if allowed.whole == "never":
                 checked.set_fields(**{name: checked_in_range(value, NON_NEGATIVE)})
@@ -221,10 +220,6 @@ def _as_real_array(rate: Any, value: Any) -> chex.Array:
     return x
 
 
-def _float(x: Any) -> chex.Array:
-    return jnp.asarray(x, dtype=float)
-
-
 def _product(factor: Number, x: chex.Array) -> chex.Array:
     """`factor * x`, and 0 for a factor of 0 even if `x` is infinite."""
     if not is_array(factor) and factor != 0:
@@ -232,168 +227,10 @@ def _product(factor: Number, x: chex.Array) -> chex.Array:
     return factor * jnp.where((factor == 0) & jnp.isinf(x), 0, x)
 
 
-class _Units(NamedTuple):
-    """A count of steps, measured in units of several steps.
-
-    Attributes:
-      whole: the number of whole units that have passed, a float.
-      fraction: the fraction of the next unit that has passed, in [0, 1), exactly 0 at a multiple.
-      left: the fraction of the next unit that is left, in (0, 1].
-    """
-
-    whole: chex.Array
-    fraction: chex.Array
-    left: chex.Array
-
-    @property
-    def passed(self) -> chex.Array:
-        return self.whole + self.fraction
-
-
-def _units(count: chex.Array, steps: Number) -> _Units:
-    """Measures a count in units of `steps`.
-
-    A division of floats is not enough: compiled code multiplies by a rounded reciprocal, so the
-    quotient may be just below a whole number although the count is a multiple. And a float cannot
-    represent every integer. So integers are divided as integers. So are ratios of small integers,
-    such as the Python number 1000/3, three times which is 1000. The quotient of other floats is
-    corrected. An array of steps, which may be traced, is not checked: an integer 0 counts as 1, a
-    float 0 as the smallest normal float, and a number below 0 makes the result NaN.
-    """
-    if not is_array(steps):
-        if jnp.issubdtype(count.dtype, jnp.integer):
-            if steps == math.floor(steps):
-                return _units_of_integers(count, int(steps))
-            ratio = _ratio(float(steps))
-            if ratio is not None:
-                return _units_of_ratio(count, *ratio)
-        return _units_of_floats(_float(count), _float(steps))
-    common = _common_integer(count.dtype, steps.dtype)
-    if common is not None:
-        units = _units_of_integers(count.astype(common), jnp.maximum(steps, 1).astype(common))
-    else:
-        units = _units_of_floats(_float(count), _float(steps))
-    return _Units(*(jnp.where(steps >= 0, x, jnp.nan) for x in units))
-
-
-def _common_integer(count: Any, steps: Any) -> Any:
-    """The integer dtype for counts and steps of these dtypes; `None` if no dtype holds all steps.
-
-    It is `None` for uint32 steps without x64, for uint64 steps with x64, and for all floats.
-    """
-    if not all(jnp.issubdtype(x, jnp.integer) for x in (count, steps)):
-        return None
-    common = jax.dtypes.canonicalize_dtype(promoted_dtype(steps, count))
-    if not jnp.issubdtype(common, jnp.integer):  # JAX promotes uint64 and int64 to a float
-        return None
-    return common if jnp.iinfo(common).max >= jnp.iinfo(steps).max else None
-
-
-def _units_of_integers(count: chex.Array, steps: Any) -> _Units:
-    """`_units` for an integer count and integer steps, by exact integer division."""
-    if isinstance(steps, int) and steps > jnp.iinfo(count.dtype).max:
-        # No count is that large.
-        fraction = _float(count) / float(steps)
-        return _Units(jnp.zeros_like(fraction), fraction, 1 - fraction)
-    whole = count // steps
-    remainder = count - whole * steps
-    left = jnp.where(remainder == 0, 1, _float(steps - remainder) / _float(steps))
-    return _Units(_float(whole), _float(remainder) / _float(steps), left)
-
-
-# The largest denominator and numerator of a length that is taken as a ratio.
-_MOST_DENOMINATOR, _MOST_NUMERATOR = 10_000, 2**29
-
-
-@functools.cache
-def _ratio(steps: float) -> tuple[int, int] | None:
-    """A length as a ratio of whole numbers, such as 1000 and 3; `None` if it is none."""
-    ratio = fractions.Fraction(steps).limit_denominator(_MOST_DENOMINATOR)
-    numerator, denominator = ratio.numerator, ratio.denominator
-    # A length may be computed with a few rounding errors, as 2.4 * 1_281_167 / 4096.
-    is_near = math.isclose(numerator / denominator, steps, rel_tol=1e-15)
-    return (numerator, denominator) if is_near and 0 < numerator < _MOST_NUMERATOR else None
-
-
-def _units_of_ratio(count: chex.Array, numerator: int, denominator: int) -> _Units:
-    """`_units` for an integer count and a ratio, by exact integer division."""
-    if jnp.iinfo(count.dtype).max < LAST_COUNT:
-        count = count.astype(jnp.int32)
-    # In so many steps, a whole number of units passes: the denominator.
-    many = count // numerator
-    rest = count - many * numerator
-    # The long division of `rest * denominator` by the numerator. Its digits have so few bits that
-    # no number exceeds int32.
-    bits = (LAST_COUNT // numerator).bit_length() - 2
-    num_digits = -(-denominator.bit_length() // bits)
-    whole, remainder = jnp.zeros_like(rest), jnp.zeros_like(rest)
-    for i in reversed(range(num_digits)):
-        digit = denominator >> (i * bits) & ((1 << bits) - 1)
-        part = remainder * (1 << bits) + rest * digit
-        whole = whole * (1 << bits) + part // numerator
-        remainder = part % numerator
-    left = jnp.where(remainder == 0, 1, _float(numerator - remainder) / float(numerator))
-    fraction = _float(remainder) / float(numerator)
-    return _Units(_float(many) * denominator + _float(whole), fraction, left)
-
-
-def _units_of_floats(count: chex.Array, steps: chex.Array) -> _Units:
-    """`_units` in floats: exact if products of `steps` with whole numbers are exact.
-
-    A count is a multiple if it is such a product after rounding.
-    """
-    steps = jnp.maximum(steps, jnp.finfo(steps.dtype).tiny)
-    # The quotient may be off by one.
-    quotient = jnp.floor(count / steps)
-    quotient = jnp.where((quotient + 1) * steps <= count, quotient + 1, quotient)
-    whole = jnp.where(quotient * steps > count, quotient - 1, quotient)
-    # With infinitely many units, the remainder would be NaN. At a multiple, it would not be 0, and
-    # even below 0, if compiled code subtracts a product that it has not rounded.
-    is_multiple = whole * steps >= count
-    remainder = (count - whole * steps) / steps
-    fraction = jnp.where(is_multiple | jnp.isinf(whole), 0, remainder)
-    return _Units(whole, fraction, 1 - fraction)
-
-
-# `_power` splits the number of whole units into a multiple of `_SPLIT` and the rest, which have few
-# bits each. It clips this number at `_MOST_WHOLE`, where the power of any base but 1 is already
-# zero or infinite. It clips the exponent at `_MOST_EXPONENT`: in float32, 2**252 is infinite and
-# 2**-252 is 0.
-_SPLIT, _MOST_WHOLE, _MOST_EXPONENT = 4096.0, 2.0**100, 252
-
-
-def _power(base: float, units: _Units) -> chex.Array:
-    """`base ** units.passed` in float32, as accurate after millions of units as after one.
-
-    Rounded to float32, 0.99999 is off by 1.4e-8, and its 200,000th power by 0.27%. So this computes
-    the logarithm in float64, splits it into two numbers, and adds products that are exact.
-    """
-    logarithm = math.log2(base)
-    mantissa, exponent = math.frexp(logarithm)
-    # 12 bits of the logarithm times 12 bits of a number of units fit into float32.
-    high = math.ldexp(round(mantissa * _SPLIT), exponent) / _SPLIT
-    low = logarithm - high
-    whole = jnp.minimum(units.whole, _MOST_WHOLE)
-    many = jnp.floor(whole / _SPLIT) * _SPLIT
-    first, second = many * high, (whole - many) * high
-    rest = whole * low + units.fraction * logarithm
-    # 2**integer is exact. What is left of the exponent is small, and its power is accurate.
-    integer = jnp.clip(jnp.round(first + second + rest), -_MOST_EXPONENT, _MOST_EXPONENT)
-    left = jnp.clip(((first - integer) + second) + rest, -1, 1)
-    half = jnp.floor(integer / 2)  # 2**integer itself may be too small for a normal float32
-    return jnp.exp2(left) * _power_of_two(half) * _power_of_two(integer - half)
-
-
-def _power_of_two(exponent: chex.Array) -> chex.Array:
-    """`2 ** exponent` in float32, exact for a whole exponent of -126 to 127."""
-    bits = (exponent.astype(jnp.int32) + 127) << 23
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
 def _has_passed(count: chex.Array, boundary: Number) -> chex.Array:
     """Whether `count > boundary`, compared as whole numbers if the count is an integer."""
     if not jnp.issubdtype(count.dtype, jnp.integer):
-        return _float(boundary) < count
+        return as_float(boundary) < count
     limits = jnp.iinfo(count.dtype)
     if not is_array(boundary):
         # Rounding down is safe: no count lies between a number and the whole number below it.
@@ -432,7 +269,7 @@ class constant(_Compiled):
     _follows_count: ClassVar[bool] = False
 
     def at(self, count: chex.Array) -> chex.Array:
-        return _float(self.value)
+        return as_float(self.value)
 
 
 class inverse_time_decay(_Compiled):
@@ -468,7 +305,7 @@ class inverse_time_decay(_Compiled):
         self.check_flag("staircase")
 
     def at(self, count: chex.Array) -> chex.Array:
-        units = _units(count, self.decay_steps)
+        units = in_units(count, self.decay_steps)
         passed = units.whole if self.staircase else units.passed
         return rate_at(self.initial_learning_rate, count) / (1 + _product(self.decay_rate, passed))
 
@@ -503,14 +340,14 @@ class exponential_decay(_Compiled):
         self.check_flag("staircase")
 
     def at(self, count: chex.Array) -> chex.Array:
-        units = _units(count, self.decay_steps)
+        units = in_units(count, self.decay_steps)
         if self.staircase:
             units = units._replace(fraction=jnp.zeros_like(units.fraction))
         is_wide = jnp.finfo(units.whole.dtype).nmant > 50
         if is_array(self.decay_rate) or is_wide:
             power = self.decay_rate**units.passed
         else:
-            power = _power(self.decay_rate, units)
+            power = power_of(self.decay_rate, units)
         return _product(self.initial_learning_rate, power)
 
 
@@ -564,7 +401,7 @@ class piecewise_constant(_Compiled):
 
     def at(self, count: chex.Array) -> chex.Array:
         passed = sum(_has_passed(count, b).astype(jnp.int32) for b in self.boundaries)
-        values = [_float(checked_in_range(v, NON_NEGATIVE)) for v in self.values]
+        values = [as_float(checked_in_range(v, NON_NEGATIVE)) for v in self.values]
         value = jnp.stack(values)[passed]
         # Boundaries must increase. Compare two of them like a count and a boundary.
         for before, b in itertools.pairwise(self.boundaries):
@@ -612,7 +449,7 @@ class polynomial_decay(_Compiled):
         self.check_flag("cycle")
 
     def at(self, count: chex.Array) -> chex.Array:
-        units = _units(count, self.decay_steps)
+        units = in_units(count, self.decay_steps)
         # `left` is the fraction of the decay that is left: 0 at the end of a cycle. There
         # `units.left` is 1, because the next unit begins at that count.
         if self.cycle:
@@ -656,11 +493,11 @@ class cosine_decay(_Compiled):
     }
 
     def at(self, count: chex.Array) -> chex.Array:
-        units = _units(count, self.decay_steps)
+        units = in_units(count, self.decay_steps)
         done = jnp.where(units.whole >= 1, 1, units.fraction)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * done))
-        alpha = _float(self.alpha)
-        return _float(self.initial_learning_rate) * ((1 - alpha) * cosine + alpha)
+        alpha = as_float(self.alpha)
+        return as_float(self.initial_learning_rate) * ((1 - alpha) * cosine + alpha)
 
 
 class warmup(_Compiled):
@@ -694,8 +531,8 @@ class warmup(_Compiled):
         first = rate_at(self.schedule, jnp.zeros_like(count))
         steps = as_count("warmup: steps", self.steps, count.dtype)
         # If `steps` is 0, the line is not used, but it must not contain 0/0.
-        length = _float(jnp.maximum(self.steps, 1))
-        line = self.start + (first - self.start) * (_float(count) / length)
+        length = as_float(jnp.maximum(self.steps, 1))
+        line = self.start + (first - self.start) * (as_float(count) / length)
         later = rate_at(self.schedule, jnp.maximum(count - steps, 0))
         value = jnp.where(count < steps, line, later)
         return jnp.where(steps >= 0, value, jnp.nan) if is_array(self.steps) else value

@@ -781,6 +781,16 @@ WRONG_DTYPES = {
 }
 
 
+@pytest.mark.parametrize("wide", [0, 1])
+def test_a_recurrence_computes_in_the_widest_dtype_of_its_slots(wide, x64):
+    """In float32, 1e8 + 1 is 1e8."""
+    slots = [np.full(1, 1e8, "float64" if i == wide else "float32") for i in range(2)]
+    rule = extend.Recurrence(lambda c, g, *old: tuple(x + g for x in old), lambda c, g, *new: g)
+    g = [jnp.ones(1, "float32")]
+    _, *new = extend.lift("sums", rule, extend.no_scalars, g, [[jnp.asarray(x)] for x in slots])
+    assert float(new[wide][0][0]) == 1e8 + 1
+
+
 @pytest.mark.parametrize("name", WRONG_DTYPES)
 def test_arithmetic_refuses_dtypes_in_which_it_would_be_wrong(name):
     call, message = WRONG_DTYPES[name]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState, initial_state
-from adamjax.convert.decisions import leaves_of_parts, program
+from adamjax.convert.programs import leaves_of_parts, program
 from adamjax.convert.values import map_items
 from adamjax.exact import ExactRowsState, exact_rows
 from adamjax.structure import replace_parts, states_of_class

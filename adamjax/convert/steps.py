@@ -32,9 +32,9 @@ from adamjax.convert.advance import (
     with_zeros_replaced,
 )
 from adamjax.convert.closeness import Closeness
-from adamjax.convert.decisions import whole_numbers
 from adamjax.convert.optax_state import read_state, role_of
 from adamjax.convert.paired_steps import OWN_WEIGHTS, WEIGHT_SIZES, ZERO_WEIGHTS, PairedSteps, Step
+from adamjax.convert.programs import whole_numbers
 from adamjax.convert.sampling import sampled
 from adamjax.convert.schedules import ends_of_schedules, has_schedule
 from adamjax.convert.systems import OPTAX
@@ -86,8 +86,8 @@ _MOST_ZERO_STEPS, _SMALL_EPS, _SIZE_AFTER_ZEROS = 300, 1e-7, 0.01
 # second, and at powers of two up to the last; fewer of them if the limits below require it.
 _EACH, _CLOSE, _LAST = 500, 1 << 20, 1 << 24
 # Limits on the later counts: their number, and for all of them the calls and the updated elements.
-# A large model, or one with many micro-batches, is compared at fewer counts. But at least so many
-# are near the ends of schedules.
+# A large model, or one with many micro-batches, is compared at fewer counts. But up to so many near
+# the ends of schedules are always compared.
 _MOST_COUNTS, _FEWEST_COUNTS, _MOST_CALLS, _MOST_ELEMENTS = 400, 12, 10_000, 1 << 29
 _FEWEST_ENDS = 128
 # The sizes of weights at these counts, in turn. A transform that keeps weights nonnegative hides

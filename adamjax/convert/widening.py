@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.convert.adamjax_state import AdamjaxState
-from adamjax.convert.decisions import leaves_of_parts, operations
+from adamjax.convert.programs import leaves_of_parts, operations
 from adamjax.structure import replace_parts
 from adamjax.transform import Rule
 

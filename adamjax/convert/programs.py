@@ -46,13 +46,13 @@ def operations(tx: Any, params: Tree) -> list[str]:
     return [name for name, _ in program(tx, params) if name != "convert_element_type"]
 
 
-def whole_numbers(program: ClosedJaxpr) -> set[int]:
+def whole_numbers(traced: ClosedJaxpr) -> set[int]:
     """The whole numbers in the program of an update, such as the boundaries of a schedule.
 
     Of arrays, only the numbers of small ones are included.
     """
     found: set[int] = set()
-    for value in _constants(program):
+    for value in _constants(traced):
         dtype = dtype_of(value)
         is_real = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
         if is_real and np.size(value) <= _MOST_NUMBERS:
@@ -65,10 +65,10 @@ def whole_numbers(program: ClosedJaxpr) -> set[int]:
 _MOST_NUMBERS = 64
 
 
-def _constants(program: ClosedJaxpr) -> Iterator[Any]:
+def _constants(traced: ClosedJaxpr) -> Iterator[Any]:
     """The constants of a program, and of the programs inside it."""
-    yield from program.consts
-    for eqn in _equations(program.jaxpr):
+    yield from traced.consts
+    for eqn in _equations(traced.jaxpr):
         yield from (x.val for x in eqn.invars if isinstance(x, Literal))
         yield from (c for x in _inner_programs(eqn) if isinstance(x, ClosedJaxpr) for c in x.consts)
 
