@@ -1,35 +1,26 @@
 """Compares the hyperparameters of torch's or Keras' optimizer with those of a transform."""
 
-import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from adamjax._compat import x64
 from adamjax.average import weight_ema
 from adamjax.clip import clip_by_global_norm, clip_by_norm, clip_by_value
 from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
-from adamjax.convert.schedules import ForeignSchedule, follows_count, later_counts
+from adamjax.convert.rates import RateCheck
+from adamjax.convert.routes import Routes, factor_of, rate_of, step_rate
+from adamjax.convert.schedules import follows_count
 from adamjax.convert.source import Hyperparams, LeafMoments
 from adamjax.convert.systems import System, kind_of
 from adamjax.convert.values import leaves_by_path, same_decay, same_value
 from adamjax.exact import exact_rows
 from adamjax.guard import AccumulateGradientsState, accumulate_gradients
-from adamjax.hyperparams import with_hyperparams
-from adamjax.paths import leaf_paths
 from adamjax.scaling import add_decayed_weights, scale, scale_by_learning_rate, set_to_zero
-from adamjax.schedule import by_path, rate_at
 from adamjax.structure import Part, states_of_class
 from adamjax.transform import Rule, foreign
 
 __all__ = ["expect_same_hyperparameters"]
 
 _FREEZE = "freeze it with partition and set_to_zero, around everything that moves it"
-# The number of intervals between earlier counts at which rates are computed.
-_EARLIER = 16
 _CLIPS = (clip_by_value, clip_by_norm, clip_by_global_norm)
 # The names of keys in errors, if not the keys themselves. Keys with an empty string are not listed,
 # because on their own they state no hyperparameter.
@@ -81,21 +72,10 @@ class _Check:
 
     def __init__(self, adamjax_state: AdamjaxState, system: System) -> None:
         self.owner, self.ours, self.system = adamjax_state.owner, adamjax_state, system
-        self.all_parts = adamjax_state.parts
-        # Each part with the paths of the leaves that it sees.
-        self.parts_and_paths = [
-            (part, frozenset(leaves_by_path(self.owner, part.params))) for part in self.all_parts
-        ]
-        self.innermost_parts_and_paths = [
-            (part, paths) for part, paths in self.parts_and_paths if not part.tx.parts
-        ]
-        self.position_of_leaf = {path: i for i, path in enumerate(leaf_paths(adamjax_state.params))}
-        self.floating_leaves = leaves_by_path(self.owner, adamjax_state.params).keys()
+        self.routes = Routes(adamjax_state)
+        self.rate_check = RateCheck(self.routes, system)
         accumulations = states_of_class(AccumulateGradientsState, adamjax_state.state)
         self.is_amid_accumulation = any(int(x.micro_count) for x in accumulations)
-        # Schedules of the system, each with rates and scalings of tx that agree with it at all
-        # compared counts.
-        self.agreeing: list[tuple[Any, Any]] = []
 
     def check(self, moments: Mapping[str, list[LeafMoments]]) -> None:
         """Compares the hyperparameters of each leaf; the first that differs is an error."""
@@ -105,7 +85,7 @@ class _Check:
         # The number of calls in a step, with the first leaf that has it.
         calls: dict[int, str] = {}
         for path, leaf_moments in moments.items():
-            route = [part for part, paths in self.innermost_parts_and_paths if path in paths]
+            route = self.routes.of_leaf(path)
             rules = [i for i, part in enumerate(route) if isinstance(part.tx, Rule)]
             if len(rules) != len(leaf_moments):
                 self._expect_nothing_stated(path, leaf_moments)
@@ -128,11 +108,11 @@ class _Check:
                     self._check_average(path, route, *hyperparams["average"])
                 if hyperparams.get("in_steps"):
                     self._expect_in_steps(path, route[last:])
-                self._check_rate(path, route[last:], hyperparams)
+                self.rate_check.check_rate(path, route[last:], hyperparams)
                 if "learning_rate" in hyperparams or hyperparams.get("unknown_schedule"):
                     has_foreign = any(part.tx.has_foreign for part in route[last:])
-                    has_rate[path] = has_foreign or self._rate(path, route[last:]) is not None
-                self._check_schedule(path, route[last:], hyperparams)
+                    has_rate[path] = has_foreign or step_rate(path, route[last:]) is not None
+                self.rate_check.check_schedule(path, route[last:], hyperparams)
                 self._check_decay(path, route[:last], route[last:], hyperparams)
 
         if len(calls) > 1:
@@ -161,7 +141,7 @@ class _Check:
         """
         around = {id(part) for rule in rules for part in self.ours.around(rule)}
         calls = 1
-        for part, paths in self.parts_and_paths:
+        for part, paths in self.routes.parts_and_paths:
             if path not in paths or not isinstance(part.tx, accumulate_gradients):
                 continue
             if id(part) not in around:
@@ -182,8 +162,8 @@ class _Check:
         A leaf with a rule but no scaling is not refused here, because it may never get a gradient.
         If it gets one, `train_step` refuses the transform: its updates go uphill.
         """
-        for path in (path for path in self.position_of_leaf if path not in moments):
-            route = [part for part, paths in self.innermost_parts_and_paths if path in paths]
+        for path in (path for path in self.routes.position_of_leaf if path not in moments):
+            route = self.routes.of_leaf(path)
             self._expect_still(path, route, "an optimizer without this leaf")
 
     def _expect_frozen(self, path: str, after: Sequence[Part]) -> None:
@@ -203,7 +183,9 @@ class _Check:
         """Refuses a route on which something moves a leaf without gradients."""
         zeros = [i for i, part in enumerate(route) if isinstance(part.tx, set_to_zero)]
         moving = [
-            part.tx for part in route[zeros[-1] if zeros else 0 :] if self._decay_at(path, part)
+            part.tx
+            for part in route[zeros[-1] if zeros else 0 :]
+            if self.routes.decay_at(path, part)
         ]
         if not zeros:
             moving += [p.tx for p in route if isinstance(p.tx, scale | scale_by_learning_rate)]
@@ -211,7 +193,7 @@ class _Check:
             self._refuse(path, stated, f"{moving[0]!r}, which moves it", fix)
         is_known = all(is_of_adamjax(part.tx) and not part.tx.has_foreign for part in route)
         has_rule = any(isinstance(part.tx, Rule) for part in route)
-        if not zeros and is_known and not has_rule and path in self.floating_leaves:
+        if not zeros and is_known and not has_rule and path in self.routes.floating_leaves:
             self._refuse(path, stated, "no rule for it, so its update is its gradient", fix)
 
     def _expect_clips_first(self, path: str, before: Sequence[Part], after: Sequence[Part]) -> None:
@@ -222,7 +204,7 @@ class _Check:
             self._refuse(path, "no clip of updates", f"{clips[0]!r} after the rule", fix)
         decays = False
         for part in before:
-            decays = decays or bool(self._decay_at(path, part))
+            decays = decays or bool(self.routes.decay_at(path, part))
             if decays and isinstance(part.tx, _CLIPS):
                 fix = "put the clip before the weight decay"
                 in_tx = f"{part.tx!r} after its weight decay"
@@ -236,8 +218,8 @@ class _Check:
         """
         num = self.ours.num_accumulations(after[0])
         for part in (part for part in after if self.ours.num_accumulations(part) < num):
-            rate = self._rate_of_leaf(path, part)
-            if self._decay_at(path, part):
+            rate = rate_of(path, part)
+            if self.routes.decay_at(path, part):
                 stated, in_tx = "a weight decay in its steps", "one in each call"
             elif follows_count(rate):
                 stated, in_tx = "a rate that changes with its steps", "one that counts calls"
@@ -254,11 +236,11 @@ class _Check:
         """
         if allowed is None:
             return
-        position = next(i for i, part in enumerate(self.all_parts) if part is rule)
+        position = next(i for i, part in enumerate(self.routes.parts) if part is rule)
         around = {id(part) for part in self.ours.around(rule)}
         incomparable = [
             part.tx
-            for i, (part, paths) in enumerate(self.parts_and_paths)
+            for i, (part, paths) in enumerate(self.routes.parts_and_paths)
             if path in paths
             and (isinstance(part.tx, foreign) or not is_of_adamjax(part.tx))
             and (allowed == "none" or i >= position or id(part) in around)
@@ -291,20 +273,7 @@ class _Check:
             )
 
     def _refuse(self, path: str, stated: str, in_tx: str, fix: str, note: str = "") -> None:
-        """Raises an error: the system has `stated`, and `tx` has `in_tx`.
-
-        `fix` says how to change `tx`, or, if it is `system.set_rate`, the system's optimizer.
-        """
-        goes_on_with = "what tx has"
-        if self.owner.startswith("to_"):
-            if fix != self.system.set_rate:
-                fix = f"give the target the same, or {fix}"
-            goes_on_with = f"what {self.system.name} has"
-        note = f". Note: {note}" if note else ""
-        raise ValueError(
-            f"{self.owner}: {path!r}: {self.system.name} has {stated}, tx has {in_tx}: {fix}, "
-            f"or pass check=False to go on with {goes_on_with}{note}"
-        )
+        self.system.refuse(self.owner, path, stated, in_tx, fix, note)
 
     # --- the rule ---------------------------------------------------------------------------------
 
@@ -329,7 +298,7 @@ class _Check:
                 name_in_tx = form if name == "eps" else name
                 stated = f"{name_in_tx}={float(hyperparams[name]):.9g}"
                 self._refuse(path, stated, f"{name_in_tx}={in_tx}", f"build tx with {stated}")
-        exact = any(isinstance(part.tx, exact_rows) for part in self.all_parts)
+        exact = any(isinstance(part.tx, exact_rows) for part in self.routes.parts)
         if hyperparams.get("lazy") and (rule.rows != "lazy" or exact):
             rows = "exact_rows" if exact else f"rows={rule.rows!r}"
             stated = "rows that stand still without a gradient"
@@ -340,15 +309,15 @@ class _Check:
         """Compares the sign of gradients before the rule (`maximize`); refuses a factor of 0."""
         if "maximize" not in hyperparams:
             return
-        if self._factor(path, before) == 0:
-            zero = next(part.tx for part in before if self._factor(path, [part]) == 0)
+        if factor_of(path, before) == 0:
+            zero = next(part.tx for part in before if factor_of(path, [part]) == 0)
             fix = "leave it out, or freeze the leaf with partition and set_to_zero"
             self._refuse(path, "gradients as they are", f"{zero!r} before the rule", fix)
-        negating = [i for i, part in enumerate(before) if self._factor(path, [part]) < 0]
+        negating = [i for i, part in enumerate(before) if factor_of(path, [part]) < 0]
         last = before[negating[-1]].tx if negating else None
         maximize, is_negated = bool(hyperparams["maximize"]), len(negating) % 2 == 1
         decays_first = bool(negating) and bool(
-            self._decay_before_scaling(path, before[: negating[-1]])
+            self.routes.decay_before_scaling(path, before[: negating[-1]])
         )
         if is_negated == maximize and not decays_first:
             return
@@ -411,7 +380,7 @@ class _Check:
         inside_accumulation = [
             part.tx
             for part in before
-            if self.ours.num_accumulations(part) and self._factor(path, [part]) != 1
+            if self.ours.num_accumulations(part) and factor_of(path, [part]) != 1
         ]
         if inside_accumulation and self.is_amid_accumulation:
             self._refuse(
@@ -420,7 +389,7 @@ class _Check:
                 f"{inside_accumulation[0]!r} inside of accumulate_gradients",
                 "put it outside of accumulate_gradients, or convert after a step",
             )
-        before_clips, after_clip = self._factor(path, first), self._factor(path, rest)
+        before_clips, after_clip = factor_of(path, first), factor_of(path, rest)
         if not same_value(stated, before_clips) or after_clip != 1:
             in_tx = f"gradients multiplied by {before_clips:g} before the rule"
             fix = f"begin tx with scale({stated:g})" if stated != 1 else "leave that scale out"
@@ -446,225 +415,6 @@ class _Check:
                 fix = f"build tx with weight_ema({momentum:.9g}, {frequency})"
                 self._refuse(path, f"an average with {stated}", in_tx, fix)
 
-    # --- the rate ---------------------------------------------------------------------------------
-
-    def _check_rate(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
-        """Compares the rate of the next step; `after` has the parts from the last rule on."""
-        if hyperparams.get("incomparable_rate"):
-            self._refuse_incomparable(path, after, hyperparams["incomparable_rate"])
-        stated = hyperparams.get("learning_rate")
-        if stated is None:
-            return
-        schedule, count = None, 0
-        if callable(stated) or isinstance(stated, ForeignSchedule):
-            # The system's schedule is called with the count of tx.
-            rates = [part for part in after if isinstance(part.tx, scale_by_learning_rate)]
-            schedule, count = stated, int((*rates, after[0])[0].state.count)
-            try:
-                stated = self._stated_rate(schedule, count)
-            except ValueError as error:
-                self._refuse_incomparable(path, after, str(error))
-        in_tx = self._rate(path, after)
-        fix = "build tx with that rate (by_path, if leaves have rates of their own)"
-        if self.owner.startswith("to_"):
-            fix = self.system.set_rate
-        if in_tx is not None and not self._has_stated_rate(path, after, stated, schedule, count):
-            self._refuse(
-                path,
-                f"a learning rate of {float(stated):g}",
-                f"{float(in_tx):g} for the next step",
-                fix,
-                self._note_on_rate(path, after, stated, schedule),
-            )
-        is_set = self._is_set("learning_rate", path)
-        if in_tx is not None and schedule is not None and not is_set:
-            self._check_later_rates(path, after, schedule, count)
-
-    def _refuse_incomparable(self, path: str, after: Sequence[Part], why: str) -> None:
-        rates = [x for x in (self._rate_of_leaf(path, part) for part in after) if x is not None]
-        self._refuse(
-            path,
-            f"a learning rate that cannot be compared: {why}",
-            f"the rate {rates[0]!r}" if rates else "none",
-            "fix that function, or compare the two rates yourself",
-        )
-
-    @staticmethod
-    def _stated_rate(schedule: Any, count: int) -> float:
-        """The rate of a schedule, in float64 if possible; see `ForeignSchedule.stated`."""
-        if isinstance(schedule, ForeignSchedule):
-            return schedule.stated(count)
-        with x64(True):
-            return float(rate_at(schedule, jnp.asarray(count, int)))
-
-    def _check_later_rates(
-        self, path: str, after: Sequence[Part], schedule: Any, count: int
-    ) -> None:
-        """Compares a schedule with that of a leaf in later steps.
-
-        The steps are those near each count where a part of a schedule may end, and some others far
-        apart.
-        """
-        rates = [self._rate_of_leaf(path, part) for part in after]
-        in_tx = rates, self._scalings(path, after)
-        if any(schedule is agreed and in_tx == same for agreed, same in self.agreeing):
-            return
-        for later in later_counts(count, schedule, rates):
-            try:
-                stated = self._stated_rate(schedule, later)
-            except ValueError:
-                continue  # The other library could not take that step.
-            steps_later = later - count
-            if not self._has_stated_rate(path, after, stated, schedule, later, steps_later):
-                self._refuse(
-                    path,
-                    f"a learning rate of {stated:g} after {later} steps",
-                    f"{float(self._rate(path, after, steps_later)):g}",
-                    "build tx with the same schedule",
-                    self._note_on_rate(path, after, stated, schedule, steps_later),
-                )
-        self.agreeing.append((schedule, in_tx))
-
-    def _scalings(self, path: str, after: Sequence[Part]) -> list[tuple[type, Any]]:
-        """What the parts multiply a step by: factors, and the counts of rates."""
-        scalings: list[tuple[type, Any]] = []
-        for part in after:
-            if isinstance(part.tx, scale_by_learning_rate):
-                scalings.append((type(part.tx), int(part.state.count)))
-            elif isinstance(part.tx, scale | set_to_zero):
-                scalings.append((type(part.tx), self._factor(path, [part])))
-        return scalings
-
-    def _check_schedule(self, path: str, after: Sequence[Part], hyperparams: Hyperparams) -> None:
-        """Refuses a constant rate for an unknown schedule, unless the user sets the rate."""
-        if not hyperparams.get("unknown_schedule") or self._is_set("learning_rate", path):
-            return
-        classes = scale | scale_by_learning_rate | set_to_zero
-        scales = any(isinstance(part.tx, classes) or part.tx.has_foreign for part in after)
-        is_frozen = any(isinstance(part.tx, set_to_zero) for part in after)
-        may_follow = any(self._may_follow_schedule(path, part) for part in after)
-        if scales and (is_frozen or not may_follow):
-            evidence, note = hyperparams["unknown_schedule"]
-            self._refuse(
-                path,
-                f"a learning rate that follows a schedule ({evidence})",
-                "a constant one",
-                "build tx with the schedule, or adamjax.constant(rate) for one that has ended",
-                note,
-            )
-
-    def _may_follow_schedule(self, path: str, part: Part) -> bool:
-        if part.tx.has_foreign:  # A transform without a state cannot count steps.
-            return bool(jax.tree.leaves(part.state))
-        return callable(self._rate_of_leaf(path, part))
-
-    @staticmethod
-    def _rate_of_leaf(path: str, part: Part) -> Any:
-        """The learning rate of a part for a leaf, a number or a schedule; `None` if it has none."""
-        rate = getattr(part.tx, "learning_rate", None)
-        return rate.at(path) if isinstance(rate, by_path) else rate
-
-    def _is_set(self, name: str, path: str) -> bool:
-        """Whether `with_hyperparams` sets this hyperparameter of a leaf between steps."""
-        return any(
-            isinstance(part.tx, with_hyperparams)
-            and name in part.tx.hyperparams
-            and path in leaves_by_path(self.owner, part.params)
-            for part in self.all_parts
-        )
-
-    def _has_stated_rate(
-        self,
-        path: str,
-        after: Sequence[Part],
-        stated: Any,
-        schedule: Any = None,
-        count: int = 0,
-        steps_later: int = 0,
-    ) -> bool:
-        """Whether the next step, or a later one, has the stated rate, as `tx` computes it.
-
-        Args:
-          stated: the rate, in float64 if possible.
-          schedule, count: the schedule that states the rate, if any, and its count.
-        """
-        in_step = float(self._rate(path, after, steps_later))
-        is_foreign = isinstance(schedule, ForeignSchedule)
-        if is_foreign and schedule.known is None:
-            return schedule.is_near(count, in_step)
-        if same_value(stated, in_step) or (is_foreign and schedule.is_near(count, in_step)):
-            return True
-        if not self._has_stated_rate_in_float64(path, after, stated, steps_later):
-            return False
-        # In float32 some schedules are inaccurate, as a cosine near its end. An error that is small
-        # compared with earlier rates is allowed.
-        rates = [part for part in after if isinstance(part.tx, scale_by_learning_rate)]
-        last = min((int(part.state.count) for part in rates), default=0) + steps_later
-        earlier_rates = [
-            float(self._rate(path, after, steps_later - last * i // _EARLIER))
-            for i in range(_EARLIER + 1)
-        ]
-        largest = max((abs(x) for x in earlier_rates if math.isfinite(x)), default=0.0)
-        return math.isclose(in_step, stated, rel_tol=1e-4, abs_tol=1e-6 * largest)
-
-    def _has_stated_rate_in_float64(
-        self, path: str, after: Sequence[Part], stated: Any, steps_later: int = 0
-    ) -> bool:
-        """Whether a step would have the stated rate in float64 and with counts in int64."""
-        try:
-            with x64(True):
-                return same_value(stated, self._rate(path, after, steps_later, jnp.int64))
-        except TypeError:  # A function of another library may work in float32 only.
-            return False
-
-    def _note_on_rate(
-        self,
-        path: str,
-        after: Sequence[Part],
-        stated: Any,
-        schedule: Any = None,
-        steps_later: int = 0,
-    ) -> str:
-        """A note for an error about a rate: why the two rates differ, if that is known."""
-        if isinstance(schedule, ForeignSchedule) and schedule.note:
-            return schedule.note
-        if self._has_stated_rate_in_float64(path, after, stated, steps_later):
-            return (
-                "in float64 the schedule of tx has that rate, but steps compute it in float32, and "
-                "products of counts in int32; adamjax's own schedules are accurate so"
-            )
-        return ""
-
-    def _rate(
-        self, path: str, after: Sequence[Part], steps_later: int = 0, dtype: Any = None
-    ) -> Any:
-        """The rate of the next step or a later one, with all factors; `None` if no part scales."""
-        scaling_classes = scale | scale_by_learning_rate | set_to_zero
-        scales = any(isinstance(part.tx, scaling_classes) for part in after)
-        # Errors would write -0.0 as "-0".
-        return 0.0 - self._factor(path, after, steps_later, dtype) if scales else None
-
-    def _factor(
-        self, path: str, route: Sequence[Part], steps_later: int = 0, dtype: Any = None
-    ) -> float:
-        """The factor by which these parts multiply the next step, or a later one.
-
-        Args:
-          dtype: the dtype of counts, by default that of the state. With x64, quotients of counts
-            are float64 only if counts are int64.
-        """
-        factor = 1.0
-        for part in route:
-            if isinstance(part.tx, scale_by_learning_rate):
-                count = jnp.asarray(part.state.count, dtype)
-                rate = rate_at(part.tx.learning_rate, count + jnp.asarray(steps_later, count.dtype))
-                factor *= -float(rate.at(path) if isinstance(rate, by_path) else rate)
-            elif isinstance(part.tx, scale):
-                factor *= float(part.tx.factor)
-            elif isinstance(part.tx, set_to_zero):
-                factor = 0.0
-        return factor
-
     # --- the weight decay -------------------------------------------------------------------------
 
     def _check_decay(
@@ -673,7 +423,7 @@ class _Check:
         """Compares the weight decay, before the last rule of a leaf and after it."""
         if hyperparams.get("has_decay") and not any(
             isinstance(part.tx, add_decayed_weights) or part.tx.has_foreign
-            for part in self.all_parts
+            for part in self.routes.parts
         ):
             self._refuse(
                 path,
@@ -686,10 +436,10 @@ class _Check:
             return
         stated, decoupled = float(hyperparams["weight_decay"]), hyperparams.get("decoupled")
         for i, part in enumerate((*before, *after)):
-            decay = self._decay_at(path, part)
+            decay = self.routes.decay_at(path, part)
             is_before = i < len(before)
             parts_between = before[i:] if is_before else after[: i - len(before)]
-            rates = [self._rate_of_leaf(path, p) for p in parts_between] if decay else []
+            rates = [rate_of(path, p) for p in parts_between] if decay else []
             if any(map(follows_count, (decay, *rates))):
                 where = ", with a schedule of the rate between it and the rule"
                 where = "" if follows_count(decay) else where
@@ -698,8 +448,8 @@ class _Check:
                 fix = f"put add_decayed_weights({stated:g}) directly {side} the rule"
                 stated_decay = f"the same weight decay in each step, {stated:g}"
                 self._refuse(path, stated_decay, f"{part.tx!r}{where}", fix)
-        before_rule = self._decay_into_rule(path, before)
-        after_rule = self._decay_before_scaling(path, after)
+        before_rule = self.routes.decay_into_rule(path, before)
+        after_rule = self.routes.decay_before_scaling(path, after)
         # Pairs of the decay before the rule and the decay after it.
         allowed = {
             None: [(0.0, stated), (stated, 0.0)],
@@ -709,10 +459,12 @@ class _Check:
         masks = hyperparams.get("masks_decay", "none")
         if masks != "none":
             # It is not stated which leaves decay, so this leaf need not, if another one does.
-            decays = [part for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
+            decays = [
+                part for part in self.routes.parts if isinstance(part.tx, add_decayed_weights)
+            ]
             does_decay = [
-                same_value(self._decay_before_scaling(p, decays), stated)
-                for p in self.position_of_leaf
+                same_value(self.routes.decay_before_scaling(p, decays), stated)
+                for p in self.routes.position_of_leaf
             ]
             if any(does_decay):
                 allowed.append((0.0, 0.0))
@@ -732,7 +484,7 @@ class _Check:
             fix = f"put add_decayed_weights({stated:g}) {where}"
             if not stated:
                 fix = "pass a mask= of the leaves that decay; if none does, leave the decay out"
-            elif not before_rule and not after_rule and self._is_masked():
+            elif not before_rule and not after_rule and self.routes.has_masked_decay():
                 fix += f", with a mask= that this leaf matches{self.system.lost_mask}"
             self._refuse(
                 path,
@@ -740,50 +492,6 @@ class _Check:
                 f"{before_rule:g} before its rule and {after_rule:g} after it",
                 fix,
             )
-
-    def _decay_at(self, path: str, part: Part) -> Any:
-        """The weight decay of a part for a leaf: a number or a schedule; 0 if there is none."""
-        tx = part.tx
-        if not isinstance(tx, add_decayed_weights):
-            return 0.0
-        # With a decay of 1, only the mask decides whether the leaf decays.
-        unit_decay = tx.replace(weight_decay=1.0)
-        pair = unit_decay.affine(part.state, part.params, self.position_of_leaf[path], np.float32)
-        if pair is None or not float(pair[1]):
-            return 0.0
-        decay = tx.weight_decay
-        decay = decay.at(path) if isinstance(decay, by_path) else decay
-        return decay if callable(decay) else float(decay)
-
-    def _is_masked(self) -> bool:
-        """Whether some weight decay of the transform has a mask."""
-        decays = [part.tx for part in self.all_parts if isinstance(part.tx, add_decayed_weights)]
-        return any(tx.mask is not None for tx in decays)
-
-    def _decay_before_scaling(self, path: str, route: Sequence[Part]) -> float:
-        """The weight decay that would have the same effect if it came before all scalings."""
-        return sum(
-            decay / (self._factor(path, route[:i]) or math.nan)
-            for i, decay in self._decays(path, route)
-        )
-
-    def _decay_into_rule(self, path: str, before: Sequence[Part]) -> float:
-        """The weight decay before the rule, times the factors between it and the rule."""
-        return sum(
-            decay * self._factor(path, before[i:]) for i, decay in self._decays(path, before)
-        )
-
-    def _decays(self, path: str, route: Sequence[Part]) -> list[tuple[int, float]]:
-        """The weight decays of a leaf that are not 0, with their positions on its route."""
-        decays = []
-        for i, part in enumerate(route):
-            if isinstance(part.tx, add_decayed_weights):
-                pair = part.tx.affine(
-                    part.state, part.params, self.position_of_leaf[path], np.float32
-                )
-                if pair is not None and float(pair[1]):
-                    decays.append((i, float(pair[1])))
-        return decays
 
 
 def _is_same_clip(clip: Any, stated: Any) -> bool:

@@ -96,6 +96,24 @@ class System(NamedTuple):
     set_rate: str = ""
     lost_mask: str = ""
 
+    def refuse(
+        self, owner: str, path: str, stated: str, in_tx: str, fix: str, note: str = ""
+    ) -> None:
+        """Raises an error about a leaf: the system has `stated`, and `tx` has `in_tx`.
+
+        `fix` says how to change `tx`, or, if it is `set_rate`, the system's optimizer.
+        """
+        goes_on_with = "what tx has"
+        if owner.startswith("to_"):
+            if fix != self.set_rate:
+                fix = f"give the target the same, or {fix}"
+            goes_on_with = f"what {self.name} has"
+        note = f". Note: {note}" if note else ""
+        raise ValueError(
+            f"{owner}: {path!r}: {self.name} has {stated}, tx has {in_tx}: {fix}, "
+            f"or pass check=False to go on with {goes_on_with}{note}"
+        )
+
 
 def _slot_names(m: str, v: str, v_max: str, u: str) -> dict[str, dict[str, str]]:
     adam = {"m": m, "v": v}
