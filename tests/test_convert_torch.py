@@ -1174,6 +1174,10 @@ def test_an_accumulation_beside_the_rule_is_refused_by_torch():
         ):
             with pytest.raises(ValueError, match=r"torch has its rule inside any accumulation"):
                 call()
+    # An accumulation over one call changes nothing.
+    beside = adamjax.chain(rule, adamjax.accumulate_gradients(rate, 1))
+    state = convert.from_torch(old, beside, params)
+    assert_same(state[0], convert.from_torch(old, adam_like_optax(), params)[0])
 
 
 def test_leaves_of_torch_whose_steps_take_different_numbers_of_calls_are_refused():
@@ -1215,6 +1219,10 @@ def test_a_decay_and_a_schedule_outside_of_the_accumulation_are_refused(what):
         ):
             with pytest.raises(ValueError, match=message):
                 call()
+    # An accumulation over one call has no outside.
+    convert.from_torch(
+        old, adamjax.chain(adamjax.accumulate_gradients(rule, 1), one, *rest), params
+    )
     # Of two parts that share a transform, one may have it inside of its accumulation.
     params, old = {"a": params, "b": params}, torch_with_moments([np.ones(3, "f")] * 2, **options)
     tx = adamjax.chain(adamjax.partition([("a", inside)], default=outside), *rest)

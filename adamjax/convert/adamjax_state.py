@@ -245,8 +245,11 @@ class AdamjaxState:
         return any(steps > 1 for steps, _ in self.accumulations)
 
     def num_accumulations(self, part: Part) -> int:
-        """How many `accumulate_gradients` are around one of the parts."""
-        return sum(isinstance(outer.tx, accumulate_gradients) for outer in self.around(part))
+        """How many `accumulate_gradients` of several calls are around one of the parts."""
+        return sum(
+            isinstance(outer.tx, accumulate_gradients) and int(outer.tx.steps) > 1
+            for outer in self.around(part)
+        )
 
     def _tx_of(self, state: Any) -> Any:
         part = self.part(state)

@@ -144,7 +144,7 @@ class _Check:
         for part, paths in self.routes.parts_and_paths:
             if path not in paths or not isinstance(part.tx, accumulate_gradients):
                 continue
-            if id(part) not in around:
+            if id(part) not in around and int(part.tx.steps) > 1:
                 self._refuse(
                     path,
                     "its rule inside any accumulation of gradients",
