@@ -448,7 +448,7 @@ REFUSED = {
             optax_state(tx=optax.chain(optax.trace(0.9), OPTAX_ADAM)),
             adamjax.adam(RATE, eps=1e-8),
         ),
-        r"no place for a TraceState",
+        r"tx has no place for a TraceState.*put the transform that made it into tx too",
     ),
     "a state that is missing": (
         lambda: (optax_state(), adamjax.chain(optax.trace(0.9), adamjax.adam(RATE, eps=1e-8))),
@@ -509,7 +509,7 @@ STRANGE = {
     ),
     "an average of gradients": (
         lambda: optax_state(tx=optax.chain(optax.ema(0.9), OPTAX_ADAM)),
-        r"no place for a EmaState",
+        r"no place for an EmaState",
     ),
     "micro-batches that are skipped": (
         lambda: optax_state(

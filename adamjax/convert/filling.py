@@ -12,7 +12,7 @@ from adamjax.convert.source import LeafMoments, Source, shifted_schedule
 from adamjax.convert.values import class_name, leaves_by_path
 from adamjax.data import Tree, is_array
 from adamjax.layout import laid_out_like
-from adamjax.leaves import is_left_alone
+from adamjax.leaves import described, is_left_alone
 from adamjax.paths import flatten, leaf_paths
 from adamjax.transform import RESTORED_WITHOUT_CLASSES
 
@@ -228,11 +228,13 @@ class StateFiller:
                     "partition, or drop the moments from the source"
                 )
         if self.other_states:
-            name = _name_of_state(self.other_states[0])
+            other, place = self.other_states[0], "tx"
+            if self.owner.startswith("to_"):
+                place = "the target"
             raise ValueError(
-                f"{self.owner}: there is no place for {'an' if name == 'array' else 'a'} {name} of "
-                f"the source ({class_name(self.other_states[0])}): convert chains of the same "
-                "transforms"
+                f"{self.owner}: {place} has no place for {described(other)} of the source "
+                f"({class_name(other)}): put the transform that made it into {place} too "
+                "(adamjax.chain takes optax's transforms)"
             )
 
 
