@@ -1617,6 +1617,20 @@ def test_the_product_of_nadam_is_computed_if_it_is_no_variable(keras, x64):
     assert_close(state[0].momentum_product, jnp.asarray(product), rtol=1e-6)
 
 
+def test_a_product_that_keras_has_lost_is_refused(keras, x64):
+    """In LossScaleOptimizer, Keras forgets the product between the steps of fit under JAX."""
+    ours, params, noises = adamjax.nadam(RATE), new_params(), new_noises()
+    inner = keras.optimizers.Nadam(RATE)
+    theirs = KerasRun(keras, lambda k: k.LossScaleOptimizer(inner), params)
+    convert.from_keras(inner, ours, params)
+    theirs.run(noises[:STEPS_BEFORE])
+    with pytest.raises(ValueError, match=r"has lost it: it is 1 after .*LossScaleOptimizer, fit"):
+        convert.from_keras(inner, ours, params)
+    right = convert.from_keras(inner, ours, params, check=False)[0].momentum_product
+    inner._u_product.assign(right)
+    assert_same(convert.from_keras(inner, ours, params)[0].momentum_product, right)
+
+
 def product_of_momenta(decay, b1=0.9):
     """The product after 7 steps; `adamjax.nadam` has a decay of 1."""
     return np.prod([b1 * (1 - 0.5 * 0.96 ** (decay * t)) for t in range(1, 8)])
@@ -1705,6 +1719,6 @@ def test_a_product_that_is_no_variable_of_tf_keras_is_not_lost():
     params, tx = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}, adamjax.nadam(0.1)
     target = type("Nadam", (OldAdam,), {"__module__": OldAdam.__module__})(0.1)
     target._u_product = 1.0
-    with pytest.raises(ValueError, match=r"check=False, .*_u_product\.assign\(1\)"):
+    with pytest.raises(ValueError, match=r"check=False, .*_u_product\.assign\(1\).*forgets"):
         convert.to_keras(tx.init(params), tx, params, target)
     convert.to_keras(tx.init(params), tx, params, target, check=False)

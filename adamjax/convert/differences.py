@@ -13,7 +13,7 @@ from adamjax.convert.source import LeafMoments, Slots, Source
 from adamjax.convert.systems import KINDS, System
 from adamjax.convert.values import number_of
 
-__all__ = ["Translation", "expect_product", "expect_slots", "nadam_product"]
+__all__ = ["Translation", "expect_product", "expect_slots", "is_product", "nadam_product"]
 
 # The size of gradients for which Adamax is compared where a leaf has had none.
 _FIRST_GRADIENT = 0.01
@@ -225,15 +225,19 @@ def nadam_product(b1: Any, count: int) -> float:
     return float(np.prod(float(b1) * (1 - 0.5 * 0.96**steps)))
 
 
+def is_product(product: Any, b1: Any, count: int) -> bool:
+    """Whether a product differs from `nadam_product` only by rounding in each step."""
+    rtol = max(1e-3, count * float(jnp.finfo(np.asarray(product).dtype).eps))
+    return math.isclose(float(product), nadam_product(b1, count), rel_tol=rtol, abs_tol=1e-30)
+
+
 def expect_product(owner: str, product: Any, b1: Any, count: int) -> None:
     """Refuses a product that differs from `nadam_product` by more than rounding in each step."""
-    expected = nadam_product(b1, count)
-    rounded = count * float(jnp.finfo(np.asarray(product).dtype).eps)
-    rtol = max(1e-3, rounded)
-    if not math.isclose(float(product), expected, rel_tol=rtol, abs_tol=1e-30):
+    if not is_product(product, b1, count):
         raise ValueError(
             f"{owner}: the product of momenta is {float(product):g} after {count} steps, but with "
-            f"the b1 of tx and the momentum b1 * (1 - 0.5 * 0.96**t) it is {expected:g}: build tx "
+            f"the b1 of tx and the momentum b1 * (1 - 0.5 * 0.96**t) it is "
+            f"{nadam_product(b1, count):g}: build tx "
             "with the b1 of the source. A Nadam with another schedule of the momentum "
             "(schedule_decay of legacy Keras) is another optimizer: start anew, tx.init(params), "
             "or pass check=False"

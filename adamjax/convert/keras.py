@@ -19,8 +19,10 @@ from adamjax.convert.differences import Translation, expect_slots
 from adamjax.convert.hyperparameters import expect_same_hyperparameters
 from adamjax.convert.into_adamjax import into_adamjax
 from adamjax.convert.keras_optimizer import (
+    FORGETS_PRODUCT,
     doubt_class,
     doubt_left_out,
+    doubt_lost_product,
     doubt_options,
     hyperparams_of_each,
     kinds_of,
@@ -124,6 +126,8 @@ def _read_variables(
     kinds = kinds_of(source, layout, optimizer, product is not None)
     if product is not None:
         kinds = tuple(kind for kind in kinds if kind == "nadam")
+    elif to_adamjax and hasattr(optimizer, "_u_product"):
+        doubt_lost_product(source, optimizer, count)
     roles = dict.fromkeys(role for role, _ in layout.roles if role in SLOTS)
     slots_of = {role: by_path(role) for role in roles}
     for path, leaf_hyperparams in zip(paths, hyperparams, strict=True):
@@ -493,7 +497,8 @@ def to_keras(
         (product, *_) = [x.product for x in moments.values()]
         raise ValueError(
             f"{owner}: this Nadam keeps the product of its momenta outside of its variables: pass "
-            f"check=False, and set it yourself, optimizer._u_product.assign({float(product):.9g})"
+            f"check=False, and set it yourself, optimizer._u_product.assign({float(product):.9g}). "
+            f"Note: {FORGETS_PRODUCT}"
         )
     count = filler.common_count(moments)
     calls = count

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamjax.convert.differences import is_product, nadam_product
 from adamjax.convert.keras_config import (
     CLIPS,
     IN_INTEGERS,
@@ -20,10 +21,18 @@ from adamjax.convert.keras_variables import Layout, plain_name
 from adamjax.convert.schedules import ForeignSchedule
 from adamjax.convert.source import Hyperparams, Source
 from adamjax.convert.systems import KINDS
-from adamjax.convert.values import class_name, number_of
+from adamjax.convert.values import class_name, number_of, numbers_of
 from adamjax.schedule import inverse_time_decay
 
-__all__ = ["doubt_class", "doubt_left_out", "doubt_options", "hyperparams_of_each", "kinds_of"]
+__all__ = [
+    "FORGETS_PRODUCT",
+    "doubt_class",
+    "doubt_left_out",
+    "doubt_lost_product",
+    "doubt_options",
+    "hyperparams_of_each",
+    "kinds_of",
+]
 
 # Keras' optimizers that can be converted, by their plain names, and the kinds of their rules.
 # `AdamMultilr` is a class of the package capreolus; it is recognized only by the names of its
@@ -37,6 +46,9 @@ _OPTIMIZERS: dict[str, tuple[str, ...]] = {
 }
 # Options of a Keras optimizer, and the hyperparameters of a rule that they correspond to.
 _OPTIONS = {"beta_1": "b1", "beta_2": "b2", "epsilon": "eps", "weight_decay": "weight_decay"}
+# Keras 3 lists the variables that an optimizer sets as attributes, but not of one in another's
+# build. So the states that fit passes from step to step lack Nadam's product.
+FORGETS_PRODUCT = "in a LossScaleOptimizer, fit under JAX forgets this product after each step"
 
 
 def doubt_class(source: Source, optimizer: Any) -> None:
@@ -54,6 +66,18 @@ def doubt_class(source: Source, optimizer: Any) -> None:
         f"the optimizer is a {class_name(optimizer)}: expected Keras' Adam, AdamW, Adamax or "
         f"Nadam. {fix}"
     )
+
+
+def doubt_lost_product(source: Source, optimizer: Any, count: int) -> None:
+    """Adds a doubt if Keras has lost the product of Nadam's momenta, which is no variable of it."""
+    product = numbers_of(source.owner, "_u_product of the optimizer", optimizer._u_product)
+    if not is_product(product, optimizer.beta_1, count):
+        right = nadam_product(optimizer.beta_1, count)
+        source.doubts.append(
+            "this Nadam keeps the product of its momenta outside of its variables, and has lost "
+            f"it: it is {float(product):g} after {count} steps, and {right:g} would be right "
+            f"({FORGETS_PRODUCT}). adamjax goes on with the right product, not as Keras would"
+        )
 
 
 def kinds_of(source: Source, layout: Layout, optimizer: Any, has_product: bool) -> tuple[str, ...]:
