@@ -140,10 +140,21 @@ def _of_floats(count: chex.Array, steps: chex.Array) -> Units:
     whole = jnp.where(quotient * steps > count, quotient - 1, quotient)
     # With infinitely many units, the remainder would be NaN. At a multiple, it would not be 0, and
     # even below 0, if compiled code subtracts a product that it has not rounded.
-    is_multiple = whole * steps >= count
     remainder = (count - whole * steps) / steps
-    fraction = jnp.where(is_multiple | jnp.isinf(whole), 0, remainder)
+    fraction = jnp.where(whole * steps >= count, _zero_in_place_of(remainder), remainder)
+    fraction = jnp.where(jnp.isinf(whole), 0, fraction)
     return Units(whole, fraction, 1 - fraction)
+
+
+@jax.custom_jvp
+def _zero_in_place_of(x: chex.Array) -> chex.Array:
+    """Zeros with the derivative of `x`, for numbers that would be 0 without rounding."""
+    return jnp.zeros_like(x)
+
+
+@_zero_in_place_of.defjvp
+def _zero_in_place_of_jvp(primals: Any, tangents: Any) -> Any:
+    return _zero_in_place_of(*primals), tangents[0]
 
 
 # `power_of` splits the number of whole units into a multiple of `_SPLIT` and the rest, which have

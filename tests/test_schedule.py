@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import enable_x64, jit_and_traces
+from support import assert_close, enable_x64, jit_and_traces
 
 import adamjax
 from adamjax import (
@@ -495,6 +495,31 @@ def test_array_hyperparameters_are_differentiable_where_rates_end():
     slope = jax.grad(lambda s: s(jnp.array(10)))(polynomial_decay(0.1, 10.0, 0.01, 2.0))
     assert all(np.isfinite(x) for x in jax.tree.leaves(slope))
     assert float(slope.end_learning_rate) == 1.0
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda x: exponential_decay(0.7, x, 0.5),
+        lambda x: inverse_time_decay(0.7, x, 0.5),
+        lambda x: polynomial_decay(0.7, 3 * x, 0.1, 2.0),
+        lambda x: cosine_decay(0.7, 3 * x),
+    ],
+    ids=["exponential", "inverse", "polynomial", "cosine"],
+)
+def test_rates_have_derivatives_with_respect_to_lengths_also_at_multiples(schedule, x64):
+    """At a multiple of the length, a rate is computed from an exact 0."""
+
+    def rate(length, count):
+        return schedule(length)(count)
+
+    rates, slopes = (jax.jit(jax.vmap(f, (None, 0))) for f in (rate, jax.grad(rate)))
+    counts, length, h = jnp.arange(14), jnp.asarray(5.0), 1e-6
+    differences = (rates(length + h, counts) - rates(length - h, counts)) / (2 * h)
+    assert_close(slopes(length, counts), differences, rtol=1e-6, atol=1e-9)
+    moving = jax.jit(jax.grad(rate, argnums=1))(length, 10.0)
+    difference = (rate(length, 10.0 + h) - rate(length, 10.0 - h)) / (2 * h)
+    assert_close(moving, difference, rtol=1e-6)
 
 
 # By name: a function that makes a schedule of a number, which may be traced; and the rates of this
