@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from adamjax.data import Tree
 from adamjax.leaves import dtype_of, is_arraylike, is_left_alone
 from adamjax.moments import compute_dtype, widened_dtype
-from adamjax.paths import flatten
+from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
+from adamjax.structure import walk
 from adamjax.transform import (
     Rule,
     Scaling,
@@ -17,6 +18,7 @@ from adamjax.transform import (
     Transform,
     as_transform,
     expect_empty,
+    short_repr,
     states_of_parts,
 )
 
@@ -72,8 +74,10 @@ class chain(Transform):
 
     Raises:
       ValueError: `weight_ema`, `exact_rows` or `master_weights` is not last (the weights must move
-        by exactly the updates that it returns); or `add_decayed_weights` is after the learning rate
-        (weights would grow).
+        by exactly the updates that it returns); `add_decayed_weights` is after the learning rate
+        (weights would grow); or a rule is after an `accumulate_gradients` or a `skip_not_finite`
+        without a rule (it would step with zeros in place of the gradients). By `init`: a leaf gets
+        two learning rates (each changes the sign, so the leaf would move uphill).
 
     >>> import adamjax
     >>> adamjax.chain(adamjax.clip_by_value(1.0), adamjax.scale(-0.1))
@@ -99,12 +103,35 @@ class chain(Transform):
                     f"that it returns; move it after {parts[-1]!r}"
                 )
         self._expect_decay_to_shrink(parts)
+        self._expect_rules_inside_gates(parts)
         self.set_fields(transforms=tuple(parts))
+
+    def _expect_rules_inside_gates(self, parts: list[Transform]) -> None:
+        """Refuses a rule after a part that gives it zeros in some calls."""
+        for i, tx in enumerate(parts):
+            rules = [part for part in parts[i + 1 :] if part.has_rule]
+            if tx.gates_steps and not tx.has_rule and rules:
+                raise ValueError(
+                    f"chain: {rules[0]!r} is after {tx!r}, which returns zeros in place of the "
+                    "gradients in some calls, and the rule would take a step with them: put the "
+                    f"rule inside, {type(tx).__name__}(chain(...))"
+                )
+
+    def _expect_one_rate(self, params: Tree) -> None:
+        """Refuses two learning rates of a leaf, unless something else may set its sign."""
+        for path, num in zip(leaf_paths(params), self.num_rates(params), strict=True):
+            if num is not None and num > 1:
+                rates = [part.tx for part in walk(self) if part.tx.descends and not part.tx.parts]
+                raise ValueError(
+                    f"chain: {path!r} gets {num} learning rates, and each changes the sign of its "
+                    f"updates: give it one, such as adam(schedule), and multiply by other numbers "
+                    f"with scale. The rates are {', '.join(map(short_repr, rates))}"
+                )
 
     def _expect_decay_to_shrink(self, parts: list[Transform]) -> None:
         """Refuses weight decay after the learning rate, unless a later part may change its sign."""
         for i, tx in enumerate(parts):
-            descending = [part for part in parts[:i] if part.descends]
+            descending = [part for j, part in enumerate(parts[:i]) if self._descends(parts, j)]
             # Only the parts that must be last are known to keep the sign of the updates.
             keeps_sign = all(part.must_be_last for part in parts[i + 1 :])
             if tx.adds_weights and descending and keeps_sign:
@@ -114,7 +141,14 @@ class chain(Transform):
                     "learning rate, as in adamw"
                 )
 
+    def _descends(self, parts: list[Transform], i: int) -> bool:
+        """Whether a part turns updates downhill: by a rate, or by a factor after a rule."""
+        factor = getattr(parts[i], "factor", None)
+        is_negative = isinstance(factor, int | float) and factor < 0
+        return parts[i].descends or (is_negative and any(part.has_rule for part in parts[:i]))
+
     def init(self, params: Tree) -> tuple[Any, ...]:
+        self._expect_one_rate(params)
         return tuple(tx.init(params) for tx in self.transforms)
 
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:

@@ -243,6 +243,10 @@ class accumulate_gradients(Transform):
     goes_around_exact_rows = True
 
     @property
+    def gates_steps(self) -> bool:
+        return is_array(self.steps) or self.steps > 1
+
+    @property
     def groupable(self) -> bool:
         # `max_rows` applies to leaves by their shapes and paths.
         return self.max_rows is None and super().groupable
@@ -442,6 +446,10 @@ class skip_not_finite(Transform):
     tx: Transform
 
     goes_around_exact_rows = True
+
+    @property
+    def gates_steps(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         self.set_fields(tx=as_transform(self.tx))

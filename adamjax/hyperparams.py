@@ -15,7 +15,7 @@ from adamjax.data import COUNT, LARGEST, Number, Tree, is_array, transform_state
 from adamjax.leaves import described, expect_stored, fault_of_dtype, is_arraylike
 from adamjax.schedule import by_path
 from adamjax.structure import Part, replace_parts, states_of_class, walk
-from adamjax.transform import Step, Transform, as_transform, expect_state, short_repr
+from adamjax.transform import Step, Transform, as_transform, expect_state, rates_of_all, short_repr
 
 __all__ = ["HyperparamsState", "set_hyperparams", "with_hyperparams"]
 
@@ -162,6 +162,11 @@ class with_hyperparams(Transform):
     def part_states(self, state: Any) -> tuple[Any, ...]:
         expect_state(self, state, HyperparamsState)
         return (state.inner,)
+
+    def num_rates(self, params: Tree) -> list[int | None]:
+        if "factor" in self.hyperparams:  # It may be set to a number of any sign.
+            return rates_of_all(params, None)
+        return super().num_rates(params)
 
     def children(self, state: Any, params: Tree) -> tuple[Part, ...]:
         if state is None:

@@ -11,7 +11,15 @@ from adamjax.leaves import lift, needed
 from adamjax.moments import next_count, scalar, widen
 from adamjax.paths import Mask, checked_mask, first_match, leaf_paths, mask_flags, resolved_mask
 from adamjax.schedule import Rate, as_rate, by_path, rates_at
-from adamjax.transform import Scaling, Stateless, Step, Transform, expect_empty, expect_state
+from adamjax.transform import (
+    Scaling,
+    Stateless,
+    Step,
+    Transform,
+    expect_empty,
+    expect_state,
+    rates_of_all,
+)
 
 __all__ = [
     "ScheduleState",
@@ -88,6 +96,9 @@ class set_to_zero(Stateless):
     keeps_zero = True
     groupable = True
 
+    def num_rates(self, params: Tree) -> list[int | None]:
+        return rates_of_all(params, None)
+
     def update(self, updates: Tree, state: Any, params: Tree = None, **extra_args: Any) -> Step:
         expect_empty(self, state)
         return lift("set_to_zero", _zero, lambda _: (), updates, like=params)[0], state
@@ -113,6 +124,10 @@ class scale(Stateless, Scaling):
 
     def __post_init__(self) -> None:
         self.check_range("factor", FINITE)
+
+    def num_rates(self, params: Tree) -> list[int | None]:
+        keeps_sign = not is_array(self.factor) and self.factor > 0
+        return rates_of_all(params, 0 if keeps_sign else None)
 
     def factors(self, tree: Tree, state: Any) -> tuple[Any, Any]:
         expect_empty(self, state)
@@ -152,6 +167,9 @@ class scale_by_learning_rate(Scaling):
 
     def __post_init__(self) -> None:
         self.set_fields(learning_rate=as_rate(self, "learning_rate"))
+
+    def num_rates(self, params: Tree) -> list[int | None]:
+        return rates_of_all(params, 1)
 
     @property
     def groupable(self) -> bool:

@@ -51,7 +51,7 @@ from adamjax.grouping import grouped
 from adamjax.leaves import apply_updates, dtype_of, is_left_alone
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, SpoiltRows
-from adamjax.scaling import scale, scale_by_learning_rate
+from adamjax.scaling import scale
 from adamjax.structure import find, rule_slots, slot_states, walk
 from adamjax.transform import Rule, Transform
 from adamjax.trial import Trial, cast, take_step, take_three_steps
@@ -701,7 +701,9 @@ def exact_rows_is_dense_or_refuses(trial: Trial) -> None:
     if tx.must_be_last or tx.has_foreign:
         chains = [tx]
     elif find(Rule, tx):
-        chains = [chain(tx, scale_by_learning_rate(0.1))]
+        chains = [chain(tx, scale(-0.1))]
+    elif tx.gates_steps:  # A chain refuses a rule after it.
+        chains = [chain(scale_by_adam(), tx, scale(-0.1))]
     else:
         chains = [chain(tx, scale_by_adam(), scale(-0.1)), chain(scale_by_adam(), tx, scale(-0.1))]
     for dense in chains:

@@ -21,7 +21,6 @@ from adamjax.autodiff import (
 )
 from adamjax.data import Tree
 from adamjax.exact import ExactRowsState, exact_rows, gradient_of, results_of
-from adamjax.grouping import grouped
 from adamjax.leaves import (
     apply_updates,
     expect_arrays,
@@ -31,9 +30,8 @@ from adamjax.leaves import (
 )
 from adamjax.paths import flatten, leaf_paths
 from adamjax.reading import step_count, unchecked_averaged_weights
-from adamjax.scaling import scale, scale_by_learning_rate, set_to_zero
 from adamjax.structure import Part, find, states_of_class
-from adamjax.transform import COUNTS, Transform, as_transform, foreign, short_repr
+from adamjax.transform import COUNTS, Transform, as_transform, short_repr
 
 __all__ = ["eval_step", "forward", "train_step"]
 
@@ -53,28 +51,16 @@ def _exact_parts(owner: str, tx: Transform, state: Any, params: Tree) -> list[Pa
     return parts
 
 
-def _downhill_leaves(part: Part) -> set[int]:
-    """The leaves that a transform may turn downhill or freeze, by their positions."""
-    is_ours = type(part.tx).__module__.partition(".")[0] == __name__.partition(".")[0]
-    turning = (foreign, scale, scale_by_learning_rate, set_to_zero)
-    # A transform that is not adamjax's may do anything. The parts of `grouped` see buckets in place
-    # of leaves, so one part that turns a bucket counts for all leaves.
-    turns_all = isinstance(part.tx, grouped) and find(turning, part.tx)
-    if not is_ours or isinstance(part.tx, turning) or turns_all:
-        return {i for i, p in enumerate(flatten(part.params)[0]) if p is not None}
-    return set().union(*map(_downhill_leaves, part.tx.children(part.state, part.params)))
-
-
-def _expect_downhill(tx: Transform, state: Any, params: Tree) -> None:
+def _expect_downhill(tx: Transform, params: Tree) -> None:
     """Refuses an optimizer if nothing in it can turn the updates of some leaf downhill."""
-    turned = _downhill_leaves(Part(tx, state, params))
-    for i, (path, p) in enumerate(zip(leaf_paths(params), flatten(params)[0], strict=True)):
-        if i not in turned and not is_left_alone(p):
+    leaves, nums = flatten(params)[0], tx.num_rates(params)
+    for path, p, num in zip(leaf_paths(params), leaves, nums, strict=True):
+        if num == 0 and not is_left_alone(p):
             raise ValueError(
                 f"train_step: {path!r} would move uphill, as nothing in {short_repr(tx)} that sees "
-                "it has a learning rate: put scale_by_learning_rate after the rule. If masked(tx, "
-                "pattern) leaves this leaf out and it should stay as it is, write "
-                "partition([(pattern, tx)], default=set_to_zero())"
+                "it has a learning rate or a factor below 0: put scale_by_learning_rate after the "
+                "rule. If masked(tx, pattern) leaves this leaf out and it should stay as it is, "
+                "write partition([(pattern, tx)], default=set_to_zero())"
             )
 
 
@@ -266,7 +252,7 @@ def train_step(
         params, state = _params, _state
         exact_parts = _exact_parts("train_step", tx, state, params)
         extra_args = {}
-        _expect_downhill(tx, state, params)
+        _expect_downhill(tx, params)
         if exact_parts:
             if tables is not None:
                 own_tables = [name for part in exact_parts for name in part.tx.tables]

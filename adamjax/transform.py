@@ -39,6 +39,7 @@ __all__ = [
     "expect_empty",
     "expect_number",
     "expect_state",
+    "rates_of_all",
     "states_of_parts",
     "times",
 ]
@@ -53,6 +54,11 @@ if TYPE_CHECKING:
     from optax import GradientTransformationExtraArgs as _Pair
 else:
     _Pair = object
+
+
+def rates_of_all(params: Tree, num: int | None) -> list[int | None]:
+    """The result of `Transform.num_rates` if it is the same for all leaves; 0 for `None`."""
+    return [0 if leaf is None else num for leaf in flatten(params)[0]]
 
 
 class Transform(Data, _Pair):
@@ -225,6 +231,19 @@ class Transform(Data, _Pair):
             is_lazy = [a or b for a, b in zip(is_lazy, tx.lazy_leaves(seen), strict=True)]
         return is_lazy
 
+    def num_rates(self, params: Tree) -> list[int | None]:
+        """For each leaf, by how many learning rates its updates are multiplied.
+
+        `None` if that is unknown, or if something else may set the sign of its updates: a factor
+        below 0, a transform that freezes, or a transform that is not adamjax's.
+        """
+        is_ours = type(self).__module__.partition(".")[0] == __name__.partition(".")[0]
+        nums = rates_of_all(params, 0 if is_ours else None)
+        for tx, _, seen in self.children(None, params) if is_ours else ():
+            pairs = zip(nums, tx.num_rates(seen), strict=True)
+            nums = [None if a is None or b is None else a + b for a, b in pairs]
+        return nums
+
     @property
     def descends(self) -> bool:
         """Whether it multiplies by minus a learning rate."""
@@ -234,6 +253,16 @@ class Transform(Data, _Pair):
     def adds_weights(self) -> bool:
         """Whether it only adds a non-negative multiple of the weights to the updates."""
         return bool(self.parts) and all(part.adds_weights for part in self.parts)
+
+    @property
+    def gates_steps(self) -> bool:
+        """Whether it returns zeros in some calls, in which it takes no step."""
+        return False
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether it has a rule of adamjax, or made with `extend`, at any depth."""
+        return any(part.has_rule for part in self.parts)
 
     @property
     def must_be_last(self) -> bool:
@@ -274,6 +303,9 @@ class foreign(Transform):
     @property
     def has_foreign(self) -> bool:
         return True
+
+    def num_rates(self, params: Tree) -> list[int | None]:
+        return rates_of_all(params, None)
 
     def init(self, params: Tree) -> Any:
         return self.init_fn(params)
@@ -517,6 +549,10 @@ class Rule(Transform):
     """
 
     groupable = True
+
+    @property
+    def has_rule(self) -> bool:
+        return True
 
     @property
     def has_step(self) -> bool:

@@ -1162,9 +1162,6 @@ def test_an_accumulation_beside_the_rule_is_refused_by_torch():
     rule, rate = adamjax.scale_by_adam(eps=1e-8), adamjax.scale_by_learning_rate(0.1)
     params, old = jnp.zeros(3), torch_with_moments([np.ones(3, "f")])
     for tx in (
-        adamjax.chain(
-            adamjax.accumulate_gradients(adamjax.clip_by_value(1.0), 2), adam_like_optax()
-        ),
         adamjax.chain(rule, adamjax.accumulate_gradients(rate, 2)),
         adamjax.chain(adamjax.accumulate_gradients(rule, 2), adamjax.accumulate_gradients(rate, 2)),
     ):

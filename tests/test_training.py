@@ -291,6 +291,7 @@ def test_a_leaf_that_would_move_uphill_is_refused():
         adamjax.partition([("table", rule)], default=adam),
         adamjax.chain(clip, adamjax.exact_rows(rule, "table")),
         adamjax.grouped(adamjax.chain(clip, rule)),
+        adamjax.chain(rule, adamjax.scale(0.1)),
     ):
         with pytest.raises(ValueError, match=r"train_step: 'table' would move uphill.*default="):
             adamjax.train_step(loss_fn, tx)(params(), tx.init(params()), IDS[0])

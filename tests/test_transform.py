@@ -162,6 +162,56 @@ def test_weight_decay_after_the_rate_is_refused():
     assert_close(updates, jnp.array([-0.05]))
 
 
+def test_weight_decay_after_a_factor_below_0_is_refused_if_a_rule_is_before_it():
+    decay = adamjax.add_decayed_weights(0.1)
+    with pytest.raises(ValueError, match=r"chain: .*add_decayed_weights.* is after scale.* grow"):
+        chain(scale_by_adam(), scale(-0.1), decay)
+    # Negated gradients with weight decay, for a rule that maximizes.
+    chain(chain(scale(-1.0), decay), adam(0.1))
+
+
+def test_two_learning_rates_of_a_leaf_are_refused():
+    """Each changes the sign: with two, the leaf moves uphill."""
+    rate, params = scale_by_learning_rate(0.1), {"a": jnp.ones(2), "b": jnp.ones(2)}
+    for tx in (
+        chain(adam(0.1), rate),
+        chain(adam(0.1), adamjax.adamw(0.1)),
+        chain(masked(adam(0.1), "a"), rate),
+        chain(adamjax.partition([("a", adam(0.1))], default=adamjax.set_to_zero()), rate),
+        chain(adamjax.grouped(adam(0.1)), rate),
+        chain(adamjax.with_hyperparams(adam(0.1), learning_rate=0.1), rate),
+        adamjax.accumulate_gradients(chain(adam(0.1), rate), 2),
+        adamjax.exact_rows(chain(adam(0.1), rate), "a"),
+    ):
+        with pytest.raises(ValueError, match=r"chain: 'a' gets 2 learning rates.* give it one"):
+            tx.init(params)
+    # The rates of different leaves, a factor, a sign that is set on purpose, and other libraries.
+    factor = adamjax.with_hyperparams(scale(0.5), factor=0.5)
+    for tx in (
+        chain(masked(adam(0.1), "a"), masked(adam(0.1), "b")),
+        chain(adam(0.1), scale(0.5)),
+        chain(adam(0.1), rate, scale(-1.0)),
+        chain(adam(0.1), rate, factor),
+        chain(optax.adam(0.1), rate),
+    ):
+        tx.init(params)
+
+
+@pytest.mark.parametrize(
+    "gate", [lambda tx: adamjax.accumulate_gradients(tx, 2), adamjax.skip_not_finite]
+)
+def test_a_rule_after_a_part_that_skips_calls_is_refused(gate):
+    """It would step with zeros in these calls."""
+    clip = adamjax.clip_by_value(1.0)
+    for parts in ([gate(clip), adam(0.1)], [gate(identity()), clip, masked(adam(0.1), "a")]):
+        with pytest.raises(ValueError, match=r"would take a step with them: put the rule inside"):
+            chain(*parts)
+    chain(gate(chain(clip, scale_by_adam())), scale_by_learning_rate(0.1))
+    chain(gate(adam(0.1)), weight_ema(0.9))
+    chain(gate(clip), scale(-0.1))
+    chain(adamjax.accumulate_gradients(clip, 1), adam(0.1))
+
+
 # --- extra arguments ----------------------------------------------------------------------------
 
 
