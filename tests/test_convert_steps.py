@@ -281,14 +281,18 @@ CONTINUES_DIFFERENTLY = {
         STEPS_DIFFER,
     ),
     "the rate of the first of two rules": (
-        optax.chain(INJECT(optax.adam)(learning_rate=0.1), INJECT(optax.adam)(learning_rate=0.2)),
-        adamjax.chain(adam_like_optax(0.5), adam_like_optax(0.2)),
+        optax.chain(
+            INJECT(optax.adam)(learning_rate=0.1),
+            optax.scale(-1.0),
+            INJECT(optax.adam)(learning_rate=0.2),
+        ),
+        adamjax.chain(adam_like_optax(0.5), adamjax.scale(-1.0), adam_like_optax(0.2)),
         2,
         STEPS_DIFFER,
     ),
     "a rate between two rules": (
-        optax.chain(optax.scale_by_adam(), INJECTED_RATE(0.1), optax.adam(0.2)),
-        adamjax.chain(adam_like_optax(0.2), adam_like_optax(0.1)),
+        optax.chain(optax.scale_by_adam(), INJECTED_RATE(0.1), optax.scale(-1.0), optax.adam(0.2)),
+        adamjax.chain(adam_like_optax(0.2), adamjax.scale(-1.0), adam_like_optax(0.1)),
         2,
         STEPS_DIFFER,
     ),
@@ -525,8 +529,8 @@ DIFFERENT_LATER_STEPS = {
         adam_like_optax(DROP_AFTER_64),
     ),
     "a schedule of the second rule": (
-        optax.chain(optax.adam(0.1), optax.adam(DROP_AFTER_64)),
-        adamjax.chain(adam_like_optax(0.1), adam_like_optax(0.1)),
+        optax.chain(optax.adam(0.1), optax.scale(-1.0), optax.adam(DROP_AFTER_64)),
+        adamjax.chain(adam_like_optax(0.1), adamjax.scale(-1.0), adam_like_optax(0.1)),
     ),
     "schedules before and after": (
         optax.chain(optax.scale_by_schedule(HALVING), optax.adam(DROP_AFTER_64)),
@@ -1279,6 +1283,51 @@ def test_a_clip_of_directions_that_are_as_large_as_they_can_be_is_compared(limit
     convert.from_optax(old, right, TWO_LEAVES, theirs)
     with pytest.raises(ValueError, match=STEPS_DIFFER):
         convert.from_optax(old, adam_like_optax(), TWO_LEAVES, theirs)
+
+
+WARMUP_TO_1_PERCENT = optax.warmup_cosine_decay_schedule(0.0, 0.01, 1000, 10_000)
+ROWS = {"rows": jnp.ones((20_000, 16))}
+
+
+@pytest.mark.parametrize(
+    ("clip", "our_clip", "rate", "params"),
+    [
+        (optax.clip(0.015), adamjax.clip_by_value(0.015), WARMUP_TO_1_PERCENT, TWO_LEAVES),
+        (optax.clip(0.3), adamjax.clip_by_value(0.3), "injected", TWO_LEAVES),
+        (
+            optax.clip_by_global_norm(3.0),
+            adamjax.clip_by_global_norm(3.0),
+            WARMUP_TO_1_PERCENT,
+            ROWS,
+        ),
+        (optax.clip_by_global_norm(1.2), adamjax.clip_by_global_norm(1.2), 1e-3, ROWS),
+        (optax.clip_by_global_norm(3.0), adamjax.clip_by_global_norm(3.0), "injected", ROWS),
+    ],
+    ids=["at_the_peak", "raised", "norm_at_the_peak", "norm_of_large_leaves", "norm_if_raised"],
+)
+def test_a_clip_of_updates_that_are_as_large_as_rates_allow_is_compared(
+    clip, our_clip, rate, params
+):
+    if rate == "injected":
+        adam = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
+        ours = adamjax.with_hyperparams(adam_like_optax(1e-3), learning_rate=1e-3)
+    else:
+        adam, ours = optax.adam(rate), adam_like_optax(rate)
+    theirs, right = optax.chain(adam, clip), adamjax.chain(ours, our_clip)
+    old = state_after(theirs, 3, params)
+    convert.from_optax(old, right, params, theirs)
+    with pytest.raises(ValueError, match=STEPS_DIFFER + "|clip the norm"):
+        convert.from_optax(old, ours, params, theirs)
+    with pytest.raises(ValueError, match=STEPS_DIFFER + "|clip the norm"):
+        convert.from_optax(state_after(adam, 3, params), right, params, adam)
+
+
+def test_a_leaf_without_elements_is_compared_with_a_schedule():
+    params = {"w": jnp.ones((2, 3)), "empty": jnp.ones((0, 3))}
+    theirs = optax.adam(WARMUP_TO_1_PERCENT)
+    old = state_after(theirs, 3, params)
+    state = convert.from_optax(old, adam_like_optax(WARMUP_TO_1_PERCENT), params, theirs)
+    assert adamjax.step_count(state) == 3
 
 
 def test_frozen_leaves_inside_a_clip_are_no_false_alarm():

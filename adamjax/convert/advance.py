@@ -32,8 +32,8 @@ __all__ = [
     "may_count_calls",
     "unchanged_rule_state",
     "with_floats_of",
-    "with_halved_values",
     "with_hyperparams_of",
+    "with_scaled_values",
     "with_zeros_replaced",
 ]
 
@@ -186,10 +186,10 @@ def with_zeros_replaced(state: Any, kinds: frozenset[str]) -> Any:
     return jax.tree_util.tree_map_with_path(with_value, state)
 
 
-def with_halved_values(state: Any, kinds: frozenset[str]) -> Any:
-    """A state whose hyperparameters of these kinds are half as large."""
+def with_scaled_values(state: Any, kinds: frozenset[str], factor: float) -> Any:
+    """A state whose hyperparameters of these kinds are multiplied by a factor."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: (x / 2).astype(x.dtype) if _kind_of(path) in kinds else x, state
+        lambda path, x: (x * factor).astype(x.dtype) if _kind_of(path) in kinds else x, state
     )
 
 

@@ -1,6 +1,7 @@
 """How close the updates of two optimizers must be."""
 
 import contextlib
+import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -194,6 +195,14 @@ class Closeness:
         yield
         self.largest_here = largest_here
 
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """In this context, the same, and its updates do not count as the largest so far later."""
+        largest = copy.deepcopy(self.largest)
+        with self.alone():
+            yield
+        self.largest = largest
+
     def add(self, weight_size: float | None, zero_grads: bool, found: Differences) -> np.ndarray:
         """Adds the largest updates of a step; returns the largest so far for such gradients."""
         sizes = np.ones_like(found.grad_sizes) if zero_grads else found.grad_sizes
@@ -290,15 +299,20 @@ class Closeness:
         return len(ended) > 0 and all(np.all(np.isnan(found.updates[i][0])) for i in ended)
 
     def expect_same_whole(
-        self, weight_size: float, difference: np.ndarray, largest: np.ndarray
+        self,
+        weight_size: float,
+        grad_sizes: np.ndarray,
+        difference: np.ndarray,
+        largest: np.ndarray,
     ) -> None:
         """Refuses updates of whole leaves that differ too much.
 
         Args:
           weight_size: the size of the weights.
+          grad_sizes: the sizes of the gradients, by leaf.
           difference, largest: by leaf, as in `Differences`.
         """
-        so_far = self.largest[weight_size, False].at(self.steps.usual_sizes)
+        so_far = self.largest[weight_size, False].at(grad_sizes)
         largest_so_far = np.maximum(so_far, largest)
         is_close = difference <= self.rtol * largest + _ROUNDING * largest_so_far
         if not np.all(np.isfinite(largest)) or np.all(is_close):
@@ -308,7 +322,7 @@ class Closeness:
             f"{self.owner}: in a step of the whole leaf {self.steps.paths[leaf]!r}, tx moves an "
             f"element by {difference[leaf]:.6g} more or less than the optimizer of optax, whose "
             f"largest update is {largest[leaf]:.6g}. Both move a sample of the leaf alike, so one "
-            "of them may treat some rows in another way"
+            "of them may treat some rows in another way, or clip the norm of the updates"
         )
 
     def expect_movement(self) -> None:

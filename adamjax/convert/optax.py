@@ -240,14 +240,15 @@ def from_optax(
 
     A state of optax does not contain the optimizer's hyperparameters. So `optimizer` and `tx` both
     take some steps on random gradients, at the present count and at later counts of their
-    schedules. If both states contain a rate or a decay, they also take steps with half of it. If
-    `tx` moves a weight differently, or if its moments become different, it is refused. Of a leaf
-    with more than 16,384 elements, a sample takes all these steps, and the whole leaf takes a few.
-    (If one of the optimizers may depend on the size of a leaf, whole leaves take all steps.) If
-    there are very many leaves, only some of them take steps with a NaN and with large gradients. On
-    a CPU this takes seconds for a small model, about a minute for 300 leaves, and about ten seconds
-    for a table of 5 million rows and 16 columns. If that is too long, compare a small copy of the
-    model, and pass `check=False` for the large one.
+    schedules. If both states contain a rate or a decay, they also take steps with half of it, and
+    with rates 10 and 1,000 times as large. If `tx` moves a weight differently, or if its moments
+    become different, it is refused. Of a leaf with more than 16,384 elements, a sample takes all
+    these steps, and the whole leaf takes a few. (If one of the optimizers may depend on the size of
+    a leaf, whole leaves take all steps.) If there are very many leaves, only some of them take
+    steps with a NaN and with large gradients. On a CPU this takes seconds for a small model, about
+    a minute for 300 leaves, and ten to twenty seconds for a table of 5 million rows and 16 columns.
+    If that is too long, compare a small copy of the model, and pass `check=False` for the large
+    one.
 
     A difference may go unnoticed if it shows only at particular values of weights or gradients, or
     only in a few of very many steps. Counts are compared near the whole numbers in the programs of

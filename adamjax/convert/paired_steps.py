@@ -282,7 +282,7 @@ class PairedSteps:
         return jax.jit(call, static_argnums=0)
 
     def take_whole(
-        self, call: Any, states: tuple[Any, Any], weight_size: float
+        self, call: Any, states: tuple[Any, Any], weight_size: float, grad_sizes: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Takes a step of the whole model with weights of one size.
 
@@ -290,9 +290,10 @@ class PairedSteps:
 
         Args:
           call: the result of `whole_call`.
+          grad_sizes: the sizes of the gradients, by leaf.
         """
         sizes = (
-            self._clipped(self.usual_sizes, self.most_in_float16),
+            self._clipped(grad_sizes, self.most_in_float16),
             self._clipped(np.full(len(self.leaves), weight_size), 1.0),
         )
         for left in reversed(range(self.calls + self.calls_left)):

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ from adamjax.convert.advance import (
     may_count_calls,
     unchanged_rule_state,
     with_floats_of,
-    with_halved_values,
     with_hyperparams_of,
+    with_scaled_values,
     with_zeros_replaced,
 )
 from adamjax.convert.closeness import Closeness
@@ -76,6 +76,11 @@ _NOT_FINITE = (
 )
 # The number of steps with the same large gradients, in which m grows faster than the root of v.
 _GROWING_STEPS = 12
+# Gradients so much larger than the usual ones make updates as large as they can be. Updates are so
+# large too where a schedule is at its largest; for different leaves, at up to so many counts.
+_LARGE, _MOST_PEAKS = 1e3, 8
+# By how much rates that a trainer may set are multiplied in steps that show clips of updates.
+_RAISED = (10.0, 1e3)
 # How much larger the gradients of one leaf are than those of others, in steps that show its part in
 # a norm; and limits on the number of leaves that take such steps, or steps with a NaN.
 _LARGE_LEAF, _MOST_LEAVES, _FEWEST_LEAVES = 1e4, 16, 2
@@ -162,6 +167,20 @@ def _for_one_replica(ours: AdamjaxState) -> AdamjaxState:
     return ours if tx is ours.tx else AdamjaxState(ours.owner, tx, ours.state, ours.params)
 
 
+class _Start(NamedTuple):
+    """How a state from which steps start is made from the present one.
+
+    Attributes:
+      steps: by how many steps schedules are advanced.
+      set_kinds: the kinds of hyperparameters that are replaced where they are 0.
+      rate_factor: by how much the rates among the hyperparameters are multiplied.
+    """
+
+    steps: int
+    set_kinds: frozenset[str]
+    rate_factor: float = 1.0
+
+
 class _Comparison:
     """The steps of both optimizers that are compared.
 
@@ -171,8 +190,7 @@ class _Comparison:
       fresh: the results of `init` of both.
       steps: takes the steps.
       closeness: compares their updates.
-      starts: the states from which many steps were compared: by how many steps the schedules were
-        advanced, and which hyperparameters were replaced because they were 0.
+      starts: the states from which steps of the whole model are compared too.
     """
 
     def __init__(
@@ -182,7 +200,7 @@ class _Comparison:
         self.source = read_state(ours.owner, state)
         self.steps = PairedSteps(ours, optimizer, widens)
         self.closeness = Closeness(ours, state, self.source, self.steps, rtol, widens)
-        self.starts: list[tuple[int, frozenset[str]]] = []
+        self.starts: list[_Start] = []
         self.fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
         self._advance = jax.jit(self._advanced)
 
@@ -205,9 +223,15 @@ class _Comparison:
         kinds = kinds_with_one_name(self.ours.state) & kinds_with_one_name(self.state)
         if kinds:
             # A trainer may set other values than those in the states.
-            self.ours = self.ours.with_state(with_halved_values(self.ours.state, kinds))
-            self.state = with_halved_values(self.state, kinds)
+            present = self.ours, self.state
+            self._scale_values(kinds, 0.5)
             self._compare_at(0, f"these states, with half their {' and '.join(sorted(kinds))},")
+            for factor in _RAISED if "rate" in kinds else ():
+                self.ours, self.state = present
+                self._scale_values(frozenset({"rate"}), factor)
+                with self.closeness.apart():
+                    self._compare_large(0, f"these states, with {factor:g} times their rate,")
+                self.starts.append(_Start(0, both, factor))
         if not self.closeness.is_compared:
             raise ValueError(
                 f"{self.owner}: nothing can be compared, because no update of the optimizer of "
@@ -215,6 +239,11 @@ class _Comparison:
             )
         if "rate" in zeros[0] | zeros[1]:
             self.closeness.expect_movement()
+
+    def _scale_values(self, kinds: frozenset[str], factor: float) -> None:
+        """Multiplies the hyperparameters of these kinds in the states of both."""
+        self.ours = self.ours.with_state(with_scaled_values(self.ours.state, kinds, factor))
+        self.state = with_scaled_values(self.state, kinds, factor)
 
     def _measure_past_steps(self) -> None:
         """Measures optax' largest updates at earlier counts, when rates may have been larger."""
@@ -248,38 +277,57 @@ class _Comparison:
         """
         self.closeness.is_seen = np.zeros_like(self.closeness.is_seen)
         self._compare_at(0, start)
-        self.starts.append((0, set_kinds))
+        self.starts.append(_Start(0, set_kinds))
         unseen = ~self.closeness.is_seen
+        peaks = _Peaks()
         for number, (start_of_later, steps) in enumerate(self._later_counts()):
             before = self.closeness.is_seen.copy()
             self.closeness.start_anew()
             weight_size = _LATER_WEIGHTS[number % len(_LATER_WEIGHTS)]
             self._compare_later(start_of_later, steps, weight_size, number % _EVERY_STATE == 1)
+            peaks.add(weight_size, self.closeness.largest_here[weight_size, False], steps)
             if np.any(unseen & self.closeness.is_seen & ~before):
                 # Up to here the rate of these leaves was 0 or tiny, and hid all differences.
                 self._compare_at(steps, start_of_later)
-                self.starts.append((steps, set_kinds))
+                self.starts.append(_Start(steps, set_kinds))
+        for steps in peaks.steps()[:_MOST_PEAKS]:
+            self.closeness.start_anew()
+            self._compare_large(steps, f"{steps} steps after these, where the rate is largest,")
+            self.starts.append(_Start(steps, set_kinds))
 
     def compare_whole(self, ours: AdamjaxState, optimizer: Any, state: Any) -> None:
         """Compares steps of the whole model, if the states that are compared are a sample of it.
 
-        There is a step for each of `starts` and each size of weights.
+        There is a step for each of `starts` and each size of weights, and one with large gradients,
+        after which the norm of the updates is large.
 
         Args:
           ours, state: the states of the whole model.
         """
         call = self.steps.whole_call(ours, optimizer)
-        for steps, set_kinds in self.starts:
-            states = (
-                with_zeros_replaced(ours.state, set_kinds),
-                with_zeros_replaced(state, set_kinds),
-            )
-            if steps:
-                fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
-                states = self._advanced_both(ours, states, fresh, steps, unchanged_rule_state)
-            for weight_size in WEIGHT_SIZES:
-                for difference, largest in self.steps.take_whole(call, states, weight_size):
-                    self.closeness.expect_same_whole(weight_size, difference, largest)
+        usual = self.steps.usual_sizes
+        for start in dict.fromkeys(self.starts):
+            states = tuple(with_zeros_replaced(x, start.set_kinds) for x in (ours.state, state))
+            if start.rate_factor != 1:
+                rate = frozenset({"rate"})
+                states = tuple(with_scaled_values(x, rate, start.rate_factor) for x in states)
+            large = unchanged_rule_state
+            if self.closeness.has_same_form:
+                large = functools.partial(late_rule_state, LATE_COUNTS[-1])
+            kinds = [(weight_size, usual, unchanged_rule_state) for weight_size in WEIGHT_SIZES]
+            for weight_size, sizes, make_rule_state in (
+                *kinds,
+                (WEIGHT_SIZES[1], _LARGE * usual, large),
+            ):
+                states_then: Any = states
+                if start.steps or make_rule_state is not unchanged_rule_state:
+                    fresh = ours.tx.init(ours.params), optimizer.init(ours.params)
+                    states_then = self._advanced_both(
+                        ours, states, fresh, start.steps, make_rule_state
+                    )
+                taken = self.steps.take_whole(call, states_then, weight_size, sizes)
+                for difference, largest in taken:
+                    self.closeness.expect_same_whole(weight_size, sizes, difference, largest)
 
     def _compare_later(
         self, start: str, steps: int, weight_size: float | None, compares_states: bool
@@ -327,19 +375,7 @@ class _Comparison:
             self._expect_same(start, states, weight_size, varied)
             for steps_taken in self._all_steps(ones, _FIRST_SIZES):
                 self._expect_same_first(start_of_first, first, weight_size, steps_taken)
-            if self.closeness.has_same_form:
-                for count in LATE_COUNTS:
-                    late = self._states(steps, functools.partial(late_rule_state, count))
-                    self._expect_same(
-                        f"a late step at {start}", late, weight_size, [Step(1e3 * usual)]
-                    )
-                # After some such steps, the direction of Adam is as large as it can be (7.3 for
-                # the default betas), which shows clips of it.
-                growing = [Step(1e3 * usual, varies_like_moments=True)] * _GROWING_STEPS
-                self._expect_same(f"late steps at {start}", late, weight_size, growing)
-            else:
-                clipped = [Step(x * ones) for x in _CLIPPED_SIZES]
-                self._expect_same(start, states, weight_size, clipped)
+            self._compare_large(steps, start, weight_size)
             for from_states in (states, first):
                 self._expect_same(
                     start, from_states, weight_size, [self._zero_step()], zero_grads=True
@@ -363,6 +399,22 @@ class _Comparison:
                 [Step(usual), not_finite, Step(usual)],
                 not_finite=(leaf, value),
             )
+
+    def _compare_large(self, steps: int, start: str, weight_size: float = WEIGHT_SIZES[1]) -> None:
+        """Compares steps with updates as large as they can be at these rates."""
+        usual = self.steps.usual_sizes
+        if not self.closeness.has_same_form:
+            states = self._states(steps, unchanged_rule_state)
+            clipped = [Step(x * np.ones(len(usual))) for x in _CLIPPED_SIZES]
+            self._expect_same(start, states, weight_size, clipped)
+            return
+        for count in LATE_COUNTS:
+            late = self._states(steps, functools.partial(late_rule_state, count))
+            self._expect_same(f"a late step at {start}", late, weight_size, [Step(_LARGE * usual)])
+        # After some such steps, the direction of Adam is as large as it can be (7.3 for the default
+        # betas), which shows clips of it.
+        growing = [Step(_LARGE * usual, varies_like_moments=True)] * _GROWING_STEPS
+        self._expect_same(f"late steps at {start}", late, weight_size, growing)
 
     def _expect_same(
         self,
@@ -400,7 +452,7 @@ class _Comparison:
                         np.asarray(x, np.complex128)
                         for x in ((own.slots or {})[name], (other.slots or {})[their_name])
                     )
-                    difference, largest = np.max(np.abs(a - b)), np.max(np.abs(b))
+                    difference, largest = (np.max(np.abs(x), initial=0) for x in (a - b, b))
                     if not difference <= _RTOL_OF_MOMENTS * largest:
                         raise ValueError(
                             f"{self.owner}: in steps from {start} on, {name} of {path!r} becomes "
@@ -604,6 +656,33 @@ class _Comparison:
             advanced_adamjax(ours, states[0], fresh[0], advance),
             advanced_optax(states[1], fresh[1], advance),
         )
+
+
+class _Peaks:
+    """The later counts at which the updates of leaves are largest, because their rates are.
+
+    Steps with one size of weights are compared with each other alone: a decay of large weights
+    makes updates larger.
+    """
+
+    def __init__(self) -> None:
+        self._largest: dict[float | None, np.ndarray] = {}
+        self._steps: dict[float | None, np.ndarray] = {}
+
+    def add(self, weight_size: float | None, largest: np.ndarray, steps: int) -> None:
+        """Adds the largest updates by leaf after so many steps."""
+        largest = np.where(np.isfinite(largest), largest, 0)
+        so_far = self._largest.setdefault(weight_size, np.zeros_like(largest))
+        is_larger = largest > so_far
+        at = self._steps.setdefault(weight_size, np.zeros(len(largest), int))
+        self._steps[weight_size] = np.where(is_larger, steps, at)
+        self._largest[weight_size] = np.maximum(largest, so_far)
+
+    def steps(self) -> list[int]:
+        """The numbers of steps after which some leaf has its largest update, without 0."""
+        found, leaves = np.unique(np.concatenate([[0], *self._steps.values()]), return_counts=True)
+        # Those of the most leaves come first.
+        return [int(x) for x in found[np.argsort(-leaves, kind="stable")] if x]
 
 
 def expect_optimizer(owner: str, optimizer: Any) -> None:
