@@ -1365,6 +1365,25 @@ def test_a_state_of_another_transform_is_refused(difference, method):
     assert "from_dense(state.inner, params)" in str(caught.value)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_whose_average_is_under_another_mask_is_refused(method):
+    """Also if the rings fit, and only the state inside is of the other transform."""
+    with_average, without = (
+        exact_rows(chain(adamjax.adam(0.1), adamjax.masked(weight_ema(0.9), pattern)), "table")
+        for pattern in ("table", "kernel")
+    )
+    params = small_params()
+    averaged, plain = with_average.init(params), without.init(params)
+    for tx, state, message in (
+        (without, averaged, r"momentum=0.9.*from_dense"),
+        (without, plain._replace(inner=averaged.inner), r"the slots \['m', 'v', 'average'\]"),
+        (with_average, plain, r"expected .*momentum=0.9.*from_dense"),
+        (with_average, averaged._replace(inner=plain.inner), r"average\['table'\] is None"),
+    ):
+        with pytest.raises(ValueError, match=f"exact_rows: .*{message}"):
+            METHODS[method](tx, params, state)
+
+
 CLASSLESS = {
     "clocks in a list": lambda s: s._replace(last=list(s.last.values())),
     "turns in a list": lambda s: s._replace(turns=list(s.turns.values())),

@@ -27,7 +27,13 @@ from adamjax.rows import is_known
 from adamjax.structure import named_slots
 from adamjax.transform import RESTORED_WITHOUT_CLASSES, Transform
 
-__all__ = ["edited_numbers", "expect_fit", "expect_slot_names", "expect_slots"]
+__all__ = [
+    "edited_numbers",
+    "expect_fit",
+    "expect_no_other_slots",
+    "expect_slot_names",
+    "expect_slots",
+]
 
 # The advice of errors: if a table has another size than in the state, and if the rule has changed.
 _OTHER_TABLE = (
@@ -133,6 +139,32 @@ def expect_slots(table: Table, parts: Sequence[RoutePart]) -> None:
         for name in getattr(state, "slots", ()):
             slot = flatten(getattr(state, name))[0][table.leaf_index]
             expect_array(f"exact_rows: {name}[{table.path!r}]", slot, table.shape, _OTHER_TABLE)
+
+
+def expect_no_other_slots(
+    tables: Sequence[Table], parts: Mapping[int, Sequence[RoutePart]], inner: Any
+) -> None:
+    """Refuses slots of a table that belong to no transform of its chain.
+
+    A mask may hide a table from a transform that has slots, such as a `weight_ema`. If the state
+    was made without that mask, it has a slot of the table that nothing would bring up to date.
+
+    Args:
+      parts: for each table, by its leaf index: its rule and the later transforms.
+      inner: the state of the inner transform.
+    """
+    slots = [(name, flatten(tree)[0]) for name, tree in named_slots(inner)]
+    for table in tables:
+        found = [name for name, leaves in slots if leaves[table.leaf_index] is not None]
+        states = [part.state for part in parts[table.leaf_index]]
+        expected = [name for state in states for name in getattr(state, "slots", ())]
+        if sorted(found) != sorted(expected):
+            raise ValueError(
+                f"exact_rows: the state is for another transform: it has the slots {found} of "
+                f"{table.path!r}, expected {expected}: a mask that hides this table must be the "
+                "same as in the transform that made the state. Build the transform as it was, or "
+                "make a new state with init"
+            )
 
 
 def expect_slot_names(table: Table, parts: Sequence[RoutePart], inner: Any) -> None:

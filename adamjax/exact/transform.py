@@ -24,7 +24,13 @@ from adamjax.coasting import Coast, Coasting, coasting_plan
 from adamjax.data import Tree, is_array, static
 from adamjax.exact.bound import Bound
 from adamjax.exact.catch_up import catch_up_rows, flush_rows, zeros_outside_table
-from adamjax.exact.fit import edited_numbers, expect_fit, expect_slot_names, expect_slots
+from adamjax.exact.fit import (
+    edited_numbers,
+    expect_fit,
+    expect_no_other_slots,
+    expect_slot_names,
+    expect_slots,
+)
 from adamjax.exact.gradient import gradient_of
 from adamjax.exact.route import RoutePart, check_route, refusal, routes
 from adamjax.exact.stale import StaleTable
@@ -304,9 +310,10 @@ class exact_rows(Transform):
         leaf_routes = routes(tx, inner, params)
         tables = [table for family in families for table in family.tables]
         parts = {table.leaf_index: _from_rule(leaf_routes[table.leaf_index]) for table in tables}
-        if state is not None:
-            for table in [] if _is_abstract(params) else tables:
+        if state is not None and not _is_abstract(params):
+            for table in tables:
                 expect_slots(table, parts[table.leaf_index])
+            expect_no_other_slots(tables, parts, inner)
         return Bound(tx, families, parts, params, inner, state, has_edited_numbers)
 
     def bind(self, state: Any, params: Tree) -> Bound:
