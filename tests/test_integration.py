@@ -943,6 +943,23 @@ def test_flax_refuses_a_state_with_another_leaf_or_of_another_optimizer():
         serialization.from_state_dict(adamjax.adamax(0.1).init({"w": jnp.ones(2)}), saved)
 
 
+@pytest.mark.parametrize("rate", [0.1, adamjax.by_path({"items": 0.1, "brands": 0.2}, default=0.3)])
+def test_flax_refuses_a_state_of_exact_rows_for_other_tables(rate):
+    """Also if it is for more tables: Flax drops keys that the target lacks."""
+    serialization = pytest.importorskip("flax.serialization")
+    params = {name: jnp.ones((9, 2)) for name in ("users", "items", "brands")}
+    names = [["users"], ["items"], ["users", "items"], ["users", "items", "brands"]]
+    states = [adamjax.exact_rows(adamjax.adam(rate), x).init(params) for x in names]
+    saved = [serialization.to_bytes(state) for state in states]
+    for i, target in enumerate(states):
+        for j, data in enumerate(saved):
+            if i == j:
+                assert_same(serialization.from_bytes(target, data), target)
+            else:
+                with pytest.raises(ValueError, match="target dict keys and state dict keys"):
+                    serialization.from_bytes(target, data)
+
+
 def test_orbax_refuses_a_state_with_another_leaf_or_of_another_optimizer(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     small, grown = {"w": jnp.ones(2)}, {"w": jnp.ones(2), "new": jnp.ones(3)}

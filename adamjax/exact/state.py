@@ -37,7 +37,9 @@ class ExactRowsState(NamedTuple):
         Its key names the tables (the first, the number of others, and a checksum of the others'
         paths) and the rule, as in `"table: b1=0.9,shrink=0.9995,eps=1e-07,history=256"`. The rule
         is in the key so that checkpoints record it: with another rule, rows that lag behind would
-        catch up wrongly.
+        catch up wrongly. With several families, each key ends in their number, as in `",rings=2"`:
+        so the keys for fewer tables are never a part of these keys, and no library that restores a
+        state can silently leave a family out.
 
     >>> import adamjax, jax.numpy as jnp
     >>> tx = adamjax.exact_rows(adamjax.adam(0.1), "table")

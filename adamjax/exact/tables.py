@@ -88,11 +88,17 @@ _REPLAYED_HISTORY = 64
 
 
 def families_of(tables: Sequence[Table], given_history: int | None) -> list[Family]:
-    """Groups tables into families. Each family gets a default history if none is given."""
+    """Groups tables into families. Each family gets a default history if none is given.
+
+    The name of a family depends on its own tables, its rule and the number of families.
+    """
     by_kind: dict[Any, list[Table]] = {}
     for table in tables:
         by_kind.setdefault((table.kind, table.coasting), []).append(table)
     families = []
+    # `flax.serialization` drops entries of a dictionary that the target lacks. So the state of
+    # fewer families must not have a subset of the names, or it would lose tables without an error.
+    total = f",rings={len(by_kind)}" if len(by_kind) > 1 else ""
     for same_kind in by_kind.values():
         coasting, history = same_kind[0].coasting, given_history
         if history is None and coasting.replays:
@@ -103,7 +109,7 @@ def families_of(tables: Sequence[Table], given_history: int | None) -> list[Fami
             history = 1 << max(min(entries, _LONGEST_HISTORY) - 1, 0).bit_length()
             history = max(history, coasting.least_history)
         rule = ",".join([coasting.name, *_other_decays(same_kind[0].coast)])
-        name = f"{_tables_as_text(same_kind)}: {rule},history={history}"
+        name = f"{_tables_as_text(same_kind)}: {rule},history={history}{total}"
         families.append(Family(name, history, tuple(same_kind)))
     return families
 
