@@ -819,6 +819,30 @@ def test_lookup_and_flush_do_not_change_later_steps():
     assert_close(lookup_all(tx, *step(*once)), lookup_all(tx, *step(params, state)), rtol=5e-7)
 
 
+def test_rows_written_after_a_flush_go_on_as_under_the_dense_optimizer():
+    """Without the flush, the movement that they have missed is added to the written values."""
+    dense = pipeline()
+    tx = exact_rows(dense, "table")
+    ids, value = jnp.arange(NUM_ROWS // 2), 0.25
+
+    def written(params):
+        return {**params, "table": params["table"].at[ids].set(value)}
+
+    def run(params, state):
+        for t in range(20, 40):
+            params, state = stepped(tx, params, state, small_grads(t))
+        return lookup_all(tx, params, state)
+
+    params, state = trained_shortly(tx)
+    plain_params, plain_state = trained_shortly(with_dense_gradients(dense))
+    plain = written(plain_params), plain_state
+    for t in range(20, 40):
+        plain = stepped(dense, *plain, to_dense(small_grads(t)))
+    flushed_params, flushed_state = flushed(tx, params, state)
+    assert_close(run(written(flushed_params), flushed_state), plain[0]["table"], rtol=2e-6)
+    assert not np.allclose(run(written(params), state), plain[0]["table"], atol=1e-4)
+
+
 def test_steps_with_and_without_tickets_are_the_same():
     tx = exact_rows(pipeline(), "table")
     without = trained_shortly(tx)

@@ -96,6 +96,11 @@ class exact_rows(Transform):
     another library, a program without the state. Do not call it for a checkpoint to resume
     from: save `params` and the state as they are.
 
+    **Also call `flush` before you write rows of a table yourself**, as in
+    `params["table"].at[i].set(x)`, or change the table in any other way than by an update. The
+    movement that a row has missed depends only on the state. It would be added to the value that
+    you wrote.
+
     A table may have a dense gradient; the step then costs as much as a dense step. A gradient of
     `None` is refused for a table: pass a row gradient without rows. If a clip before
     the rule computes a norm that is not finite, the rows in the gradient become NaN, and no others.
@@ -564,8 +569,9 @@ class exact_rows(Transform):
     ) -> tuple[Any, ExactRowsState]:
         """Brings all rows up to date, block by block; nothing else changes.
 
-        Call it before an export or another library reads the weights. Neither `eval_step` nor a
-        checkpoint to resume from needs it.
+        Call it before an export or another library reads the weights, and before you write rows of
+        a table yourself: a row that lags behind would add the movement that it has missed to the
+        value that you wrote. Neither `eval_step` nor a checkpoint to resume from needs it.
 
         Args:
           params, state: as for `update`.
