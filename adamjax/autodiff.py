@@ -239,7 +239,7 @@ class Reads:
     def __init__(
         self, call: Call, tables: Sequence[int], exact: bool, strict: bool, is_loss: bool = True
     ) -> None:
-        self.call, self.is_loss = call, is_loss
+        self.call, self.is_loss, self.exact = call, is_loss, exact
         self.closed, self.restore = call.traced() if is_loss else call.traced_results()
         # A table without rows has no rows to read.
         self.dense_tables = [i for i in tables if np.shape(call.leaves[i])[0] == 0]
@@ -375,7 +375,9 @@ class Reads:
             leaves,
             others,
             row_inputs,
-            Source(data, read_rows, lambda _, i: leaves[i], frozenset(rows)),
+            Source(
+                data, read_rows, lambda _, i: leaves[i], frozenset(rows), promised=not self.exact
+            ),
         )
 
     def _row_gradients(
@@ -544,9 +546,12 @@ def value_and_grad(
         reads = Reads(call, _tables(call, patterns), False, strict)
 
         tables_by_leaf = {i: jnp.asarray(call.leaves[i]) for i in reads.row_tables}
-        return reads.value_and_grad(
-            tables_by_leaf, lambda tables, i, ids: tables[i].at[ids].get(mode="clip")
-        )
+
+        def read_rows(tables: Any, table: int, ids: chex.Array) -> chex.Array:
+            rows = tables[table].at[ids]
+            return rows.get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+        return reads.value_and_grad(tables_by_leaf, read_rows)
 
     return function
 

@@ -104,12 +104,15 @@ class Source(NamedTuple):
       read_rows: `(data, table, int32[...]) -> rows`.
       read_table: `(data, table) -> array`, for uses that are not differentiated.
       input_tables: the tables whose rows are in the `row_inputs` of `Plan.run`.
+      promised: whether `read_rows` is a gather of JAX with PROMISE_IN_BOUNDS, so that it also has
+        JAX's derivatives for indices outside the table.
     """
 
     data: Any
     read_rows: Callable[[Any, int, chex.Array], chex.Array]
     read_table: Callable[[Any, int], chex.Array]
     input_tables: frozenset[int]
+    promised: bool = False
 
     def rows(self, site: ReadSite, ids: chex.Array, row_input: Any) -> chex.Array:
         """The rows at a site, in the table's dtype; arbitrary for indices outside the table.
@@ -136,6 +139,63 @@ def _perturbed(rows: chex.Array, zeros: chex.Array) -> chex.Array:
 @_perturbed.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     return primals[0], tangents[0] + tangents[1]
+
+
+# --- derivatives of rows outside the table --------------------------------------------------------
+
+
+@jax.custom_vjp
+def _with_dropped_cotangents(rows: chex.Array, inside: chex.Array) -> chex.Array:
+    """The rows; in the gradient of the loss, cotangents of runs outside the table are dropped."""
+    return rows
+
+
+def _with_dropped_fwd(rows: chex.Array, inside: chex.Array) -> Any:
+    return rows, inside
+
+
+def _with_dropped_bwd(inside: chex.Array, cotangents: chex.Array) -> Any:
+    return _dropped(cotangents, inside), None
+
+
+_with_dropped_cotangents.defvjp(_with_dropped_fwd, _with_dropped_bwd)
+
+
+@jax.custom_jvp
+def _dropped(x: chex.Array, inside: chex.Array) -> chex.Array:
+    """Zeros for a run outside the table.
+
+    JAX drops the cotangent of a gather by a scatter, but the transpose of this scatter is a gather
+    that moves the run. A select is its own transpose. So only the first gradient, which must be
+    fast, is a select, and its derivatives go through a scatter of JAX.
+    """
+    inside = inside.reshape(inside.shape + (1,) * (x.ndim - inside.ndim))
+    return jnp.where(inside, x, jnp.zeros((), x.dtype))
+
+
+@_dropped.defjvp
+def _dropped_jvp(primals: Any, tangents: Any) -> Any:
+    x, inside = primals
+    return _dropped(x, inside), _at_each_run(_scattered, tangents[0], inside)
+
+
+def _at_each_run(
+    function: Callable[[Any, Any], Any], x: chex.Array, inside: chex.Array
+) -> chex.Array:
+    """Applies `function(run[1, ...], index[1])`; the index of a run outside the table is 1."""
+    # A scalar index would not do: JAX reads it by a slice, whose cotangents are not dropped.
+    index = jnp.where(inside, np.uint32(0), np.uint32(1))[..., None]
+    for _ in range(inside.ndim):
+        function = jax.vmap(function)
+    return jnp.squeeze(function(jnp.expand_dims(x, inside.ndim), index), inside.ndim)
+
+
+def _gathered(run: chex.Array, index: chex.Array) -> chex.Array:
+    return run.at[index].get(mode="promise_in_bounds")
+
+
+def _scattered(run: chex.Array, index: chex.Array) -> chex.Array:
+    return jnp.zeros_like(run).at[index].add(run, mode="promise_in_bounds")
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -389,12 +449,23 @@ class Read(TableEquation):
     def run(self, source: Source, get: _Get, row_inputs: PerSite) -> tuple[list[Any], PerSite]:
         window, site = self.window, self.sites[0]
         ids, inside = self._ids(get)
-        rows = self.view.cast(source.rows(site, ids, row_inputs[0]))
-        inside = inside.reshape(inside.shape + (1,) * (rows.ndim - inside.ndim))
+        drops = window.fill is None and not window.moved_are_live
+        is_one_row = window.run_length is None
+        ids_to_read = ids
+        if drops and source.promised and is_one_row:
+            outside = jnp.where(ids == 0, -1, self.view.shape[0])
+            ids_to_read = jnp.where(inside, ids, outside)
+        rows = self.view.cast(source.rows(site, ids_to_read, row_inputs[0]))
+        is_inside = inside.reshape(inside.shape + (1,) * (rows.ndim - inside.ndim))
         if window.fill is not None:
-            rows = jnp.where(inside, rows, jnp.asarray(window.fill, rows.dtype))
-        elif not window.moved_are_live:
-            rows = jnp.where(inside, rows, jax.lax.stop_gradient(rows))
+            rows = jnp.where(is_inside, rows, jnp.asarray(window.fill, rows.dtype))
+        elif drops and not source.promised:
+            rows = jnp.where(is_inside, rows, jax.lax.stop_gradient(rows))
+        elif drops:
+            if not is_one_row:
+                rows = _at_each_run(_gathered, rows, inside)
+            elif site.live:
+                rows = _with_dropped_cotangents(rows, inside)
         if window.offset_axes is not None:
             last = range(rows.ndim - len(window.offset_axes), rows.ndim)
             rows = jnp.moveaxis(rows, last, window.offset_axes)

@@ -2181,6 +2181,53 @@ def test_second_derivatives_are_those_of_jax():
     assert_equal(actual, expected)
 
 
+PROMISED = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+
+
+def promised_pairs(table, ids):
+    numbers = lax.GatherDimensionNumbers((1, 2), (), (0,))
+    return lax.gather(table, ids[:, None], numbers, (2, D), mode=PROMISED)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(lambda t, ids: t[ids], id="index"),
+        pytest.param(lambda t, ids: jnp.take(t, ids, 0, mode="clip"), id="clip"),
+        pytest.param(lambda t, ids: jnp.take(t, ids, 0, mode="fill", fill_value=0.5), id="fill"),
+        pytest.param(jax.checkpoint(lambda t, ids: t[ids]), id="remat"),
+        pytest.param(lambda t, ids: lax.map(lambda i: t[i[None]], ids), id="map"),
+        pytest.param(promised_pairs, id="runs"),
+    ],
+)
+def test_second_derivatives_outside_the_table_are_those_of_jax(read):
+    """In the default mode, JAX moves tangents into the table, and drops cotangents."""
+    ids = jnp.array([-9 * V, 3, V - 1, 9 * V])
+    tangent, weights = halves(V, D, seed=7), halves(V, D, seed=8)
+
+    def loss(table):
+        rows = read(table, ids).reshape(-1)
+        return jnp.sum(rows * rows * jnp.roll(rows, D))
+
+    def derivatives(value_and_grad, table):
+        def gradient(table):
+            return dense(value_and_grad(loss)(table)[1])
+
+        return [
+            jax.jvp(gradient, (table,), (tangent,)),
+            jax.vjp(gradient, table)[1](weights),
+            jax.value_and_grad(lambda table: value_and_grad(loss)(table)[0])(table),
+            jax.jvp(lambda table: value_and_grad(loss)(table)[0], (table,), (tangent,)),
+            jax.vmap(gradient)(table * jnp.ones((2, 1, 1))),
+            jax.vmap(lambda v: jax.vjp(gradient, table)[1](v)[0])(jnp.stack([weights, tangent])),
+        ]
+
+    by_array = functools.partial(adamjax.value_and_grad, tables="")
+    both = [functools.partial(derivatives, f) for f in (by_array, jax.value_and_grad)]
+    actual, expected = run_unoptimized(lambda t: [f(t) for f in both], halves(V, D))
+    assert_equal(actual, expected)
+
+
 # --- several devices ------------------------------------------------------------------------------
 
 DEVICES = 8
