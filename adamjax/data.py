@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from adamjax.numpy_arrays import native
+
 __all__ = [
     "BETA",
     "COUNT",
@@ -245,6 +247,7 @@ class Data:
         if isinstance(value, np.generic):
             value = value.item()
         is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        value = native(f"{owner}: {name}", value)
         if is_array(value):
             is_real = jnp.issubdtype(value.dtype, jnp.integer) or (
                 jnp.issubdtype(value.dtype, jnp.floating)

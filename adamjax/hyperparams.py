@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamjax.data import COUNT, LARGEST, Number, Tree, is_array, transform_state
-from adamjax.leaves import described, expect_stored, fault_of_dtype, is_arraylike
+from adamjax.leaves import described, expect_stored, is_arraylike
+from adamjax.numpy_arrays import fault_of_array, native
 from adamjax.schedule import by_path
 from adamjax.structure import Part, replace_parts, states_of_class, walk
 from adamjax.transform import Step, Transform, as_transform, expect_state, rates_of_all, short_repr
@@ -220,7 +221,7 @@ def _check_kind(name: str, value: Any, state_value: Any) -> None:
     is_whole = _is_whole(value)
     if isinstance(state_value, jax.ShapeDtypeStruct):
         expect_stored(f"with_hyperparams: the state's {name}", state_value)
-    if is_arraylike(state_value) and fault_of_dtype(state_value) is None:
+    if is_arraylike(state_value) and fault_of_array(state_value) is None:
         dtype, shape = jnp.result_type(state_value), np.shape(state_value)
         actual = f"{dtype.name}{list(shape)}"
         fits = shape == () and bool(
@@ -303,7 +304,7 @@ def _hyperparams_states(state: Any) -> list[HyperparamsState]:
 def _converted(name: str, value: Any, old: Any) -> chex.Array:
     """A checked value in the dtype of the old one."""
     shape, dtype = np.shape(old), jnp.result_type(old)
-    array = _real_array(value)
+    array = _real_array(native(f"set_hyperparams: {name}", value))
     if array is None:
         raise TypeError(f"set_hyperparams: {name} must be a real number, got {value!r}")
     if array.shape != shape:

@@ -24,6 +24,7 @@ from adamjax.moments import (
     expect_scalar,
     is_signed,
 )
+from adamjax.numpy_arrays import NUMPY_TYPES, expect_jax_array, fault_of_array, native, numpy_form
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rounding import is_narrow, rounding_keys
 from adamjax.rows import (
@@ -51,7 +52,6 @@ __all__ = [
     "expect_one_for_each_leaf",
     "expect_stored",
     "expect_wide",
-    "fault_of_dtype",
     "is_arraylike",
     "is_left_alone",
     "joined_leaves",
@@ -68,8 +68,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-_NUMPY_TYPES = (np.ndarray, np.generic)
-
 # `jnp.issubdtype` with a cache: a step checks many leaves, which have few dtypes.
 _is_kind = functools.cache(jnp.issubdtype)
 
@@ -82,56 +80,19 @@ def is_left_alone(leaf: Any) -> bool:
     return leaf is None or not _is_kind(dtype_of(leaf), jnp.inexact)
 
 
-_RAW = (
-    "these are bytes without a dtype, as NumPy reads bfloat16 from .npz and .npy files: give them "
-    "the dtype that was saved, such as x.view(ml_dtypes.bfloat16)"
-)
-_NO_NUMBERS = (
-    "JAX has no such dtype; NumPy reads a None from .npz and .npy files as an array of objects: "
-    "put None back"
-)
-_TIMES = "JAX has neither dates nor lengths of time: convert them to integers, x.astype(int)"
-_SWAPPED = (
-    "JAX takes only the byte order of this machine: convert it with "
-    'x.astype(x.dtype.newbyteorder("="))'
-)
-
-
-def fault_of_dtype(leaf: Any) -> str | None:
-    """Why JAX cannot take a NumPy array of this dtype; `None` if it can."""
-    if not isinstance(leaf, _NUMPY_TYPES):
-        return None
-    if leaf.dtype.kind in "OSU":  # objects and texts
-        return _NO_NUMBERS
-    if leaf.dtype.kind in "mM":
-        return _TIMES
-    if not leaf.dtype.isnative:
-        return _SWAPPED
-    # Raw bytes are of kind "V". So are bfloat16 and the like, which have types of their own, and
-    # float0, which has a field.
-    is_raw = leaf.dtype.type is np.void and leaf.dtype.names is None
-    return _RAW if is_raw else None
-
-
 def expect_dtypes(owner: str, name: str, tree: Tree) -> None:
-    """Refuses a tree with a NumPy array that JAX cannot take."""
+    """Refuses a tree with a NumPy array that JAX cannot take, by its dtype or its mask."""
     for i, x in enumerate(flatten(tree)[0]):
-        fault = fault_of_dtype(x)
-        if fault:
-            path = leaf_paths(tree)[i]
-            raise TypeError(
-                f"{owner}: {name}[{path!r}] is {described(x)}, expected a dtype of JAX: {fault}"
-            )
+        if fault_of_array(x):
+            expect_jax_array(f"{owner}: {name}[{leaf_paths(tree)[i]!r}]", x)
 
 
 def dtype_of(leaf: Any) -> Any:
     """The dtype that a leaf has in JAX; raises if JAX cannot take it."""
     # JAX arrays come first, because a step asks for the dtypes of thousands of them.
-    if not isinstance(leaf, _NUMPY_TYPES):
+    if not isinstance(leaf, NUMPY_TYPES):
         return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    fault = fault_of_dtype(leaf)
-    if fault:
-        raise TypeError(f"an array is {described(leaf)}, expected a dtype of JAX: {fault}")
+    expect_jax_array("an array", leaf)
     if leaf.dtype == jax.dtypes.float0:
         return leaf.dtype
     return jnp.result_type(leaf)  # float64 only under x64
@@ -156,8 +117,8 @@ def described(leaf: Any) -> str:
     if not is_arraylike(leaf):
         name = type(leaf).__name__
         return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
-    if fault_of_dtype(leaf):
-        return f"{leaf.dtype.str}{list(leaf.shape)}"
+    if fault_of_array(leaf):
+        return numpy_form(leaf)
     if isinstance(leaf, Scaled8):
         return f"{SCALED8}{list(leaf.shape)}"
     rows = "rows of " if isinstance(leaf, RowGradient | RowMoves) else ""
@@ -171,7 +132,10 @@ def as_arrays(tree: Tree) -> Any:
         if isinstance(x, RowGradient):
             # The seal stays a NumPy array, so its value is known while tracing.
             return jax.tree.map(as_array, x.replace(seal=None)).replace(seal=x.seal)
-        return jnp.asarray(x) if isinstance(x, _NUMPY_TYPES) else x
+        if not isinstance(x, NUMPY_TYPES):
+            return x
+        expect_jax_array("an array", x)
+        return jnp.asarray(x)
 
     return jax.tree.map(as_array, tree, is_leaf=lambda x: isinstance(x, RowGradient))
 
@@ -211,7 +175,7 @@ def expect_array(
     """Refuses anything but an array of this shape, and of this dtype if one is given."""
     if _is_number_or_shape(x) and not isinstance(x, jax.ShapeDtypeStruct):
         expect_stored(what, x, f"{dtype or 'an array of shape '}{list(shape)}")
-    is_array = is_arraylike(x) and fault_of_dtype(x) is None
+    is_array = is_arraylike(x) and fault_of_array(x) is None
     if is_array and np.shape(x) == shape and dtype in (None, dtype_of(x).name):
         return
     expected = f"{dtype or 'shape '}{list(shape)}"
@@ -353,7 +317,7 @@ def _mismatch(leaf: Any, expected: Any, kinds: bool) -> str | None:
             return None
     if not is_arraylike(leaf):
         return "expected an array"
-    fault = fault_of_dtype(leaf) or fault_of_dtype(expected)
+    fault = fault_of_array(leaf) or fault_of_array(expected)
     if fault:
         return fault
     if expected is not None and not is_arraylike(expected):
@@ -783,6 +747,7 @@ def _rounding_step(params: Tree, rounding: str, step: Any) -> chex.Array | None:
         )
     if step is None:
         return None
+    step = native("apply_updates: step", step)
     if np.shape(step) != () or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
         raise ValueError(
             f"apply_updates: step is {described(step)}, expected an integer scalar, such as "

@@ -453,6 +453,7 @@ class Read(TableEquation):
         is_one_row = window.run_length is None
         ids_to_read = ids
         if drops and source.promised and is_one_row:
+            # For these indices, the gather has JAX's derivatives with respect to the table.
             outside = jnp.where(ids == 0, -1, self.view.shape[0])
             ids_to_read = jnp.where(inside, ids, outside)
         rows = self.view.cast(source.rows(site, ids_to_read, row_inputs[0]))

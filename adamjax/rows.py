@@ -31,6 +31,7 @@ from adamjax.moments import (
     saturating_cast,
     widened_dtype,
 )
+from adamjax.numpy_arrays import native
 from adamjax.rounding import is_narrow, read_slot, write_slots
 from adamjax.search import distinct
 
@@ -170,7 +171,7 @@ class RowGradient(Data):
             return _sum(self, other)
         if np.shape(other) != self.shape:
             return NotImplemented
-        table = jnp.asarray(other)
+        table = jnp.asarray(native("RowGradient: the other summand", other))
         real = jnp.issubdtype(self.dtype, jnp.floating)
         if not jnp.issubdtype(table.dtype, jnp.inexact if real else jnp.complexfloating):
             raise TypeError(
@@ -402,7 +403,7 @@ def row_gradient(
       A `RowGradient` with `indices.size` places.
 
     Raises:
-      TypeError, ValueError: dtypes or shapes do not fit.
+      TypeError, ValueError: dtypes or shapes do not fit, or an array of NumPy has a mask.
 
     >>> import adamjax, jax.numpy as jnp
     >>> rows = adamjax.row_gradient(jnp.array([2, 0, 2]), jnp.array([[1.0], [5.0], [3.0]]), 4)
@@ -414,7 +415,8 @@ def row_gradient(
     """
     if values is None:
         raise TypeError("row_gradient: values must be floats, got None")
-    indices, values = as_integers("row_gradient", indices), jnp.asarray(values)
+    indices = as_integers("row_gradient", indices)
+    values = jnp.asarray(native("row_gradient: the array of values", values))
     if not is_signed(values.dtype):
         expected = "floats"
         if jnp.issubdtype(values.dtype, jnp.inexact):
@@ -518,6 +520,7 @@ def checked_ids(owner: str, indices: Any, num_rows: int) -> chex.Array:
 
 def as_integers(owner: str, indices: Any) -> Any:
     """Indices as an array: a JAX array as it is, all else as a NumPy array of any width."""
+    indices = native(f"{owner}: the array of indices", indices)
     if hasattr(indices, "__jax_array__"):
         indices = jnp.asarray(indices)
     if isinstance(indices, list | tuple):

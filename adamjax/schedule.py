@@ -44,6 +44,7 @@ from adamjax.moments import (
     expect_scalar,
     saturating_cast,
 )
+from adamjax.numpy_arrays import native
 from adamjax.paths import (
     checked_rules,
     expect_matches,
@@ -181,7 +182,7 @@ def _count_array(count: chex.Numeric) -> chex.Array:
       ValueError: the count is no number, or JAX would cut off its upper bits.
     """
     if not isinstance(count, jax.Array):
-        x = np.asarray(count)
+        x = np.asarray(native("the count of a schedule", count))
         has_int64 = jax.dtypes.canonicalize_dtype(np.int64) == np.int64
         if x.dtype == object or (not has_int64 and x.dtype.kind in "iu" and np.any(x > LAST_COUNT)):
             raise ValueError(
@@ -632,6 +633,7 @@ def _checked_rate(name: str, value: Any, *, per_leaf: bool = False) -> Any:
         )
     if callable(value):
         return function_schedule(value)
+    value = native(name, value)
     try:
         return constant(value).value  # `constant` checks it.
     except (TypeError, ValueError) as error:

@@ -18,11 +18,11 @@ from adamjax.leaves import (
     described,
     expect_one_for_each_leaf,
     expect_stored,
-    fault_of_dtype,
     lift,
     match_leaves,
 )
 from adamjax.moments import widen
+from adamjax.numpy_arrays import fault_of_array
 from adamjax.paths import flatten, leaf_paths
 from adamjax.rows import RowGradient, RowMoves
 from adamjax.structure import Part, states_of_class
@@ -383,7 +383,7 @@ def expect_number(owner: Transform, name: str, x: Any, kind: Any) -> None:
     if not fits or (kind is jnp.integer and x.dtype not in (np.int32, np.int64)):
         expected = "int32" if kind is jnp.integer else "float32"
         actual = described(x) if hasattr(x, "dtype") else f"{x!r} of type {type(x).__name__}"
-        advice = fault_of_dtype(x) or (
+        advice = fault_of_array(x) or (
             f"only moments may be cast. Make it jnp.asarray({name}, jnp.{expected}). If the state "
             "has a leading axis, use jax.vmap"
         )

@@ -166,6 +166,36 @@ def test_an_index_outside_is_reported_by_checkify():
     check_rows(rows, [0, V, 3], np.ones((3, D)))
 
 
+def test_masked_arrays_are_refused():
+    """JAX would read the elements that the mask hides."""
+    ids, values = np.ma.array([1, 2], mask=[True, False]), np.ma.ones((2, D))
+    params = {"w": jnp.ones((V, D))}
+    exact = adamjax.exact_rows(adamjax.adam(0.1), "w")
+    state = exact.init(params)
+    for call in (
+        lambda: row_gradient(ids, jnp.ones((2, D)), V),
+        lambda: row_gradient([ids, jnp.arange(2)], jnp.ones((2, 2, D)), V),
+        lambda: row_gradient([1, 2], values, V),
+        lambda: row_gradient([1, 2], list(values), V),
+        lambda: row_gradient([1, 2], jnp.ones((2, D)), 2) + values,
+        lambda: exact.lookup(params, state, "w", ids),
+        lambda: exact.prepare(params, state, {"w": ids}),
+        lambda: exact.init({"w": np.ma.ones((V, D))}),
+        lambda: exact.update({"w": np.ma.ones((V, D))}, state, params),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"is masked .*x\.filled\(value\)"):
+            call()
+    check_rows(row_gradient(ids.filled(-1), np.ones((2, D)), V), [-1, 2], np.ones((2, D)))
+
+
+def test_arrays_of_another_byte_order_are_converted():
+    ids, values = draw()
+    rows = row_gradient(ids.astype(">i4"), values.astype(">f4"), V)
+    check_rows(rows, ids, values)
+    total = np.ones((V, D), ">f4") + rows
+    np.testing.assert_array_equal(total, jnp.ones((V, D)) + rows)
+
+
 @pytest.mark.parametrize(
     ("indices", "values", "num_rows", "error", "text"),
     [

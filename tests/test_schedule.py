@@ -874,3 +874,23 @@ def test_steps_and_boundaries_that_were_edited_are_refused_if_they_are_wrong(sch
     edited.set_fields(**{name: value})
     with pytest.raises(ValueError, match=r"must (be|increase)"):
         edited(3)
+
+
+def test_numbers_of_another_byte_order_are_converted():
+    rate, steps, count = (np.array(x, dtype) for x, dtype in ((0.5, ">f4"), (4, ">i4"), (8, ">i4")))
+    swapped = adamjax.exponential_decay(rate, steps, rate)
+    assert swapped(count) == adamjax.exponential_decay(0.5, 4, 0.5)(8) == 0.125
+    assert adamjax.constant(rate)(count) == 0.5
+    assert adamjax.adam(rate) == adamjax.adam(jnp.float32(0.5))
+
+
+def test_masked_numbers_are_refused():
+    masked = np.ma.array(4, mask=True)
+    for call in (
+        lambda: adamjax.constant(masked),
+        lambda: adamjax.exponential_decay(0.1, masked, 0.5),
+        lambda: adamjax.constant(0.1)(masked),
+        lambda: adamjax.adam(masked),
+    ):
+        with pytest.raises(TypeError, match=r"is masked int64\[\], expected no mask"):
+            call()

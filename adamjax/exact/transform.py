@@ -540,6 +540,7 @@ class exact_rows(Transform):
                 "or None"
             )
         bound = self.bind(state, params)
+        expect_dtypes("exact_rows", "grads", updates)
         leaves = [
             check_sound("exact_rows", g) if isinstance(g, RowGradient) else g
             for g in match_leaves("exact_rows", "grads", as_arrays(updates), bound.params, "params")
