@@ -1232,12 +1232,30 @@ def test_a_schedule_that_keras_computes_in_integers_is_refused(keras):
     ):
         tx = adamjax.from_config(config(keras.optimizers.Adam(make(1.0))))
         convert.from_keras(keras_adam_with_rate(keras, make(1.0), 50), tx, params)
-        for one in (1, np.int64(1)):
+        for one in (1, np.int64(1), np.array(1), jnp.array(1)):
             optimizer = keras_adam_with_rate(keras, make(one), 50)
             with pytest.raises(ValueError, match=r"in integers.* a float, such as 0.0 or 1.0"):
                 convert.from_keras(optimizer, tx, params)
-        with pytest.raises(ValueError, match=r"initial_learning_rate: .* in integers"):
-            adamjax.from_config(config(keras.optimizers.Adam(make(1))))
+            with pytest.raises(ValueError, match=r"initial_learning_rate: .* in integers"):
+                adamjax.from_config(config(keras.optimizers.Adam(make(one))))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_schedule_that_keras_computes_in_16_bits_is_refused(keras, dtype):
+    """Beyond 2048 steps float16 has no odd counts, and bfloat16 beyond 256."""
+    params, schedules = {"w": jnp.ones(3)}, keras.optimizers.schedules
+    tx = adamjax.adam(adamjax.exponential_decay(0.5, 1000, 0.9))
+    rate = jnp.asarray(0.5, dtype)
+    for one in (rate, np.asarray(rate), np.asarray(rate)[()]):
+        optimizer = keras_adam_with_rate(keras, schedules.ExponentialDecay(one, 1000, 0.9), 50)
+        with pytest.raises(ValueError, match=r"float of 16 bits or less, .* a Python float"):
+            convert.from_keras(optimizer, tx, params)
+    # Keras' configs contain the dtypes of tensors, but not of NumPy's numbers.
+    config = keras.optimizers.serialize(
+        keras.optimizers.Adam(schedules.ExponentialDecay(rate, 1000, 0.9))
+    )
+    with pytest.raises(ValueError, match=r"initial_learning_rate: .* of 16 bits or less"):
+        adamjax.from_config(config)
 
 
 def test_a_schedule_of_keras_is_compared_closely_with_a_function(keras):

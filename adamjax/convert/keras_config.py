@@ -30,12 +30,11 @@ from adamjax.transform import Transform
 
 __all__ = [
     "CLIPS",
-    "IN_INTEGERS",
     "effective_clips",
     "from_keras_config",
-    "is_in_integers",
     "is_of_keras",
     "make_at",
+    "why_inexact",
     "with_class_name",
 ]
 
@@ -82,9 +81,13 @@ _SCHEDULES: dict[str, type[Schedule]] = {
     "PolynomialDecay": polynomial_decay,
     "CosineDecay": cosine_decay,
 }
-IN_INTEGERS = (
+_IN_INTEGERS = (
     "where initial_learning_rate is an integer, Keras computes the schedule in integers, so its "
     "rates may be others (many are 0): write a float, such as 0.0 or 1.0, in Keras and here"
+)
+_IN_FEW_BITS = (
+    "where initial_learning_rate is a float of 16 bits or less, Keras computes the schedule in its "
+    "dtype, which rounds the rates and also the counts: write a Python float in Keras and here"
 )
 # The class names under which Keras writes functions, and the keys of a dictionary with a config.
 _FUNCTIONS = ("function", "__lambda__", "builtin_function_or_method")
@@ -251,6 +254,8 @@ def from_keras_config(config: Mapping[str, Any], place: str, mask: Mask | None =
     if name in _SCHEDULES:
         if mask is not None:
             raise _refused(place, f"{name} is a schedule, which has no weight decay to mask")
+        if why := why_inexact(config.get("config") or {}):
+            raise _refused(f"{place}.initial_learning_rate", why)
         return _schedule(name, values, place)
     # Keras ignores case. In 2.9 and 2.10 a name could have this prefix.
     optimizer = _OPTIMIZERS.get(name.lower().removeprefix("experimental"))
@@ -269,12 +274,20 @@ def from_keras_config(config: Mapping[str, Any], place: str, mask: Mask | None =
     return _optimizer(optimizer, values, str(config.get("module")), place, mask)
 
 
-def is_in_integers(config: Mapping[str, Any]) -> bool:
-    """Whether Keras computes a schedule in integers, by its config.
+def why_inexact(config: Mapping[str, Any]) -> str:
+    """Why Keras computes a schedule inexactly, by its config; empty if it does not.
 
     Keras' schedules compute in the dtype of their initial rate, except for PiecewiseConstantDecay.
     """
-    return isinstance(config.get("initial_learning_rate"), numbers.Integral)
+    rate = config.get("initial_learning_rate")
+    # Keras writes an array as a dictionary with its dtype.
+    rate = rate.get("config") if isinstance(rate, Mapping) else rate
+    given = rate.get("dtype") if isinstance(rate, Mapping) else getattr(rate, "dtype", None)
+    # The names of dtypes differ between libraries: "int32", "torch.int32", "<dtype: 'int32'>".
+    dtype = "" if given is None else str(given)
+    if isinstance(rate, numbers.Integral) or re.search("int|bool", dtype):
+        return _IN_INTEGERS
+    return _IN_FEW_BITS if re.search("float16|float8|float4", dtype) else ""
 
 
 def _schedule(name: str, config: dict[str, Any], place: str) -> Schedule:
@@ -282,8 +295,6 @@ def _schedule(name: str, config: dict[str, Any], place: str) -> Schedule:
     known = {f.name for f in dataclasses.fields(kind)}
     more = {"name", "warmup_target", "warmup_steps"} if kind is cosine_decay else {"name"}
     _expect_keys(config, known | more, f"Keras' {name}", place)
-    if is_in_integers(config):
-        raise _refused(f"{place}.initial_learning_rate", IN_INTEGERS)
     values = {key: x for key, x in config.items() if key in known}
     target, steps = config.get("warmup_target"), config.get("warmup_steps") or 0
     if target is None:

@@ -11,11 +11,10 @@ import numpy as np
 from adamjax.convert.differences import is_product, nadam_product
 from adamjax.convert.keras_config import (
     CLIPS,
-    IN_INTEGERS,
     effective_clips,
     from_keras_config,
-    is_in_integers,
     is_of_keras,
+    why_inexact,
 )
 from adamjax.convert.keras_variables import Layout, plain_name
 from adamjax.convert.schedules import ForeignSchedule
@@ -253,7 +252,7 @@ def _known_schedule(schedule: Any) -> tuple[Any, str]:
     try:
         return from_keras_config(config, "the schedule"), ""
     except (TypeError, ValueError):
-        return None, IN_INTEGERS if is_in_integers(config["config"]) else ""
+        return None, why_inexact(config["config"])
 
 
 def _call_of(optimizer: Any, schedule: Any) -> Callable[[int], Any]:
