@@ -102,6 +102,7 @@ def leaves_by_path(owner: str, tree: Tree) -> dict[str, Any]:
 
 def _expect_array(owner: str, path: str, x: Any) -> None:
     """Refuses a leaf that is no array of JAX or NumPy, such as a tensor of torch."""
+    _expect_unmasked(owner, f"the leaf {path!r}", x)
     try:
         is_left_alone(x)
     except TypeError as error:
@@ -121,6 +122,15 @@ def _expect_array(owner: str, path: str, x: Any) -> None:
         ) from None
 
 
+def _expect_unmasked(owner: str, what: str, x: Any) -> None:
+    """Refuses a masked array, because NumPy's functions drop the mask and use what it hides."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise ValueError(
+            f"{owner}: {what} is a masked array of NumPy, expected all of its numbers: fill in "
+            "what is masked, x.filled(0.0), or take x.data"
+        )
+
+
 def _numpy_array(x: Any) -> np.ndarray:
     if hasattr(x, "detach"):
         x = x.detach().cpu()
@@ -136,6 +146,7 @@ def numbers_of(owner: str, what: str, x: Any) -> np.ndarray:
             f"{owner}: {what} is being traced, so it has no value yet; convert outside of jit, "
             "vmap and grad"
         )
+    _expect_unmasked(owner, what, x)
     try:
         array = _numpy_array(x)
     except (TypeError, ValueError):
