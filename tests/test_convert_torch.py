@@ -522,6 +522,30 @@ def test_the_product_of_nadam_is_copied_from_torch():
         assert float(state[0].momentum_product) > 0.4
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("b1", [0.5, 0.9, 0.99])
+def test_the_product_of_nadam_may_be_rounded_in_each_step(b1, dtype, torch):
+    """`load_state_dict` of torch gives the product the dtype of the parameter."""
+    tx, product = adamjax.nadam(0.1, b1, eps=1e-8), torch.tensor(1.0, dtype=getattr(torch, dtype))
+    group = {"params": [0, 1], "lr": 0.1, "betas": (b1, 0.999), "eps": 1e-8, "weight_decay": 0}
+    slots = {"exp_avg": np.full(2, 0.1, np.float32), "exp_avg_sq": np.ones(2, np.float32)}
+
+    def old_with(step, *products):
+        states = {i: {"step": step, "mu_product": x, **slots} for i, x in enumerate(products)}
+        return {"state": states, "param_groups": [{**group, "momentum_decay": 1.0}]}
+
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    for step in range(1, 301):
+        product *= b1 * (1 - 0.5 * 0.96**step)
+        if step in (1, 2, 10, 30, 100, 300):
+            convert.from_torch(old_with(step, product, product), tx, params, order=["a", "b"])
+            for wrong in (1.0, np.nan, -1.0):
+                # The product of every leaf is compared.
+                old = old_with(step, product, torch.tensor(wrong, dtype=product.dtype))
+                with pytest.raises(ValueError, match=rf"product of momenta is .* after {step} st"):
+                    convert.from_torch(old, tx, params, order=["a", "b"])
+
+
 STRANGE = {
     "a key of another optimizer": (
         lambda s: s["param_groups"][0].update(bias_correction=True),
@@ -543,7 +567,15 @@ STRANGE = {
     ),
     "integers": (
         lambda s: s["state"][0].update(exp_avg=np.ones(2, int)),
-        r"m of 'a' is int64, expected floats",
+        r"exp_avg of 'a' is int64, expected floats",
+    ),
+    "integers as squares": (
+        lambda s: s["state"][0].update(exp_avg_sq=np.ones(2, int)),
+        r"exp_avg_sq of 'a' is int64, expected floats",
+    ),
+    "a masked array": (
+        lambda s: s["state"][0].update(exp_avg=np.ma.array([0.1, 9.9], mask=[0, 1])),
+        r"exp_avg of 'a' is a masked array of NumPy.*x\.filled\(0\.0\), or take x\.data",
     ),
     "numbers that JSON turned into strings": (
         lambda s: s.update(state={str(k): x for k, x in s["state"].items()}),
@@ -645,6 +677,36 @@ def test_tensors_that_are_not_plain_are_refused():
     old = torch_state_dict(exp_avg=DTensor())
     with pytest.raises(ValueError, match=r"exp_avg of 'a' is a .*DTensor, expected a plain tensor"):
         convert.from_torch(old, adamjax.adam(RATE, eps=1e-8), jax.tree.map(jnp.asarray, PARAMS))
+
+
+def test_tensors_that_are_no_arrays_of_numpy_are_converted_or_refused(torch):
+    tx, params = adamjax.adam(RATE, eps=1e-8), jax.tree.map(jnp.asarray, PARAMS)
+    # The imaginary part of a conjugate is a view whose signs are changed when it is read.
+    view = torch.complex(torch.zeros(2), torch.tensor([0.1, -0.2])).conj().imag
+    assert view.is_neg()
+    state = convert.from_torch(torch_state_dict(exp_avg=view), tx, params)
+    assert_same(adamjax.get_slot(state, "m")["a"], jnp.asarray([-0.1, 0.2]))
+    for tensor, message in (
+        (torch.zeros(2, device="meta"), r"'meta', which has no values: .*map_location='cpu'"),
+        (torch.zeros(2).to_sparse(), "expected a number or an array of numbers"),
+    ):
+        with pytest.raises(ValueError, match=rf"(?s)exp_avg of 'a' is .*{message}"):
+            convert.from_torch(torch_state_dict(exp_avg=tensor), tx, params)
+
+
+@pytest.mark.parametrize("kind", ["list", "array", "tensor", "tuple of tensors"])
+def test_betas_of_torch_may_be_any_pair_of_numbers(kind, torch):
+    betas = {
+        "list": [0.9, 0.999],
+        "array": np.array([0.9, 0.999]),
+        "tensor": torch.tensor([0.9, 0.999]),
+        "tuple of tensors": (torch.tensor(0.9), torch.tensor(0.999)),
+    }[kind]
+    params, old = jax.tree.map(jnp.asarray, PARAMS), torch_state_dict()
+    old["param_groups"][0]["betas"] = betas
+    convert.from_torch(old, adamjax.adam(RATE, eps=1e-8), params)
+    with pytest.raises(ValueError, match=r"b1"):
+        convert.from_torch(old, adamjax.adam(RATE, 0.8, eps=1e-8), params)
 
 
 @pytest.mark.parametrize("check", [True, False])

@@ -91,6 +91,12 @@ class Translation(StateFiller):
             self._expect_close(rule, kind, path, count, {})
             return None
         slots = {name: moments.slots[their_name] for name, their_name in names.items()}
+        for name, x in slots.items():
+            if not jnp.issubdtype(x.dtype, jnp.inexact):
+                raise ValueError(
+                    f"{self.owner}: {names[name]} of {path!r} is {x.dtype.name}, expected floats: "
+                    "is it this optimizer's array?"
+                )
         self._expect_close(rule, kind, path, count, slots)
         self._expect_possible(rule, kind, path, count, slots)
         if kind == "adamax" and self.system.eps_inside_maximum:
@@ -226,9 +232,14 @@ def nadam_product(b1: Any, count: int) -> float:
 
 
 def is_product(product: Any, b1: Any, count: int) -> bool:
-    """Whether a product differs from `nadam_product` only by rounding in each step."""
-    rtol = max(1e-3, count * float(jnp.finfo(np.asarray(product).dtype).eps))
-    return math.isclose(float(product), nadam_product(b1, count), rel_tol=rtol, abs_tol=1e-30)
+    """Whether a product differs from `nadam_product` only by rounding to its dtype in each step."""
+    right, x = nadam_product(b1, count), np.asarray(product)
+    dtype = jnp.finfo(x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else np.float64)
+    # Each step may change the logarithm by eps / 2. At most, e**700 is a float64.
+    factor = math.exp(min(max(1e-3, count * float(dtype.eps)), 700.0))
+    # Below the normal numbers of the dtype, rounding stops the decay at a few of the smallest.
+    least = max(1e-30, float(dtype.smallest_subnormal) / max(1 - float(b1), 1e-6))
+    return right / factor - least <= float(product) <= right * factor + least
 
 
 def expect_product(owner: str, product: Any, b1: Any, count: int) -> None:

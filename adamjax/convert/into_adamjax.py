@@ -195,8 +195,9 @@ class _AdamjaxFiller(Translation):
         if kind == "nadam":
             # All leaves of a rule have taken the same number of steps, so they share one product.
             products = [m.product for m in moments_of.values() if m.product is not None]
-            if products and self.check:
-                expect_product(owner, products[0], rule.b1, count)
+            if self.check:
+                for product in {(float(x), np.asarray(x).dtype): x for x in products}.values():
+                    expect_product(owner, product, rule.b1, count)
             product = products[0] if products else nadam_product(rule.b1, count)
             # Keras and torch change their product in place, so it is copied.
             product = jnp.array(np.asarray(product), x.momentum_product.dtype, copy=True)

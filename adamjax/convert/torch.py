@@ -111,6 +111,7 @@ def _read_group(source: Source, group: Mapping[str, Any]) -> tuple[tuple[str, ..
     optimizer = _optimizer(owner, group)
     hyperparams: Hyperparams = {"learning_rate": number("lr"), "eps": number("eps")}
     betas = group["betas"]
+    betas = list(betas) if getattr(betas, "ndim", 0) == 1 else betas  # an array or a tensor
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise ValueError(
             f"{owner}: betas of a group of torch are {betas!r:.100}, expected a pair of numbers"
@@ -305,7 +306,10 @@ def _read(
         slots = {name: adapted(path, name, x) for name, x in slots.items()}
         product = state.get("mu_product")
         if product is not None:
-            product = number_of(owner, f"mu_product of {path!r}", product)
+            what = f"mu_product of {path!r}"
+            number_of(owner, what, product)
+            # Its dtype shows how it was rounded in each step.
+            product = numbers_of(owner, what, product).reshape(())
         step = state["step"]
         if np.shape(step) == (1,):  # as older versions store it
             step = step[0]

@@ -132,11 +132,16 @@ def _expect_unmasked(owner: str, what: str, x: Any) -> None:
 
 
 def _numpy_array(x: Any) -> np.ndarray:
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-        # torch cannot convert these dtypes to NumPy.
-        x = (x.float() if re.search("bfloat16|float8", str(x.dtype)) else x).numpy()
-    return np.asarray(x)
+    if not hasattr(x, "detach"):
+        return np.asarray(x)
+    x = x.detach().cpu()
+    # torch cannot convert the views that conj() and some gradients are.
+    for name in ("resolve_conj", "resolve_neg"):
+        x = getattr(x, name)() if hasattr(x, name) else x
+    if not re.search("bfloat16|float8", str(x.dtype)):
+        return np.asarray(x.numpy())
+    # torch cannot convert these dtypes to NumPy, which knows them by the same names.
+    return x.float().numpy().astype(np.dtype(str(x.dtype).removeprefix("torch.")))
 
 
 def numbers_of(owner: str, what: str, x: Any) -> np.ndarray:
@@ -147,9 +152,14 @@ def numbers_of(owner: str, what: str, x: Any) -> np.ndarray:
             "vmap and grad"
         )
     _expect_unmasked(owner, what, x)
+    if getattr(x, "is_meta", False):
+        raise ValueError(
+            f"{owner}: {what} is a tensor on torch's device 'meta', which has no values: load the "
+            "state onto another device (map_location='cpu')"
+        )
     try:
         array = _numpy_array(x)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a kind of tensor without values.
         array = np.asarray(None)
     if not jnp.issubdtype(array.dtype, np.number):
         fix = ""
