@@ -907,6 +907,11 @@ def test_a_kernel_with_a_clear_shape_does_not_show_the_layout_of_others():
         ((3, 8, 8, 3), None),
         ((3, 3), r"x\.T if"),
         ((3, 4), None),
+        ((1, 1), None),
+        ((1, 1, 1), None),
+        ((1, 8, 1), None),
+        ((3, 1, 3), r"x\.T if"),
+        ((1, 3, 1, 3, 1), r"x\.transpose\("),
     ],
 )
 def test_kernels_whose_shape_does_not_show_the_order_of_dimensions_need_an_adapt(shape, fix, named):
@@ -946,6 +951,13 @@ def test_a_torch_optimizer_without_arrays_shows_no_transposition():
     target = fresh_torch(["weight", "bias"])
     with pytest.raises(ValueError, match=r"transposes of kernels, such as 'kernel'"):
         convert.to_torch(tx.init(params), tx, params, target)
+
+    params = {"kernel": jnp.ones((1, 4)), "bias": jnp.ones(4)}
+    with pytest.raises(ValueError, match=r"transposes of kernels, such as 'kernel'"):
+        convert.to_torch(tx.init(params), tx, params, target)
+    one = {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}
+    convert.to_torch(tx.init(one), tx, one, target)
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
 
     def transposed(path, x):
         return x.T if path == "kernel" else x

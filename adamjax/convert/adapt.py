@@ -61,8 +61,13 @@ def doubt_transposes(
     is_reversed = all(np.ndim(leaves[path]) <= 3 for path in paths)
     for path in paths:
         shape, end = np.shape(leaves[path]), path.rpartition("/")[2]
-        if has_arrays and (*shape[2:], shape[1], shape[0]) != shape:
+        axes = (*range(2, len(shape)), 1, 0)
+        has_same_shape = tuple(shape[i] for i in axes) == shape
+        if has_arrays and not has_same_shape:
             continue  # The other array has another shape, so a missing transpose is refused.
+        moved = [i for i in axes if shape[i] != 1]
+        if has_same_shape and moved == sorted(moved):
+            continue  # The transpose is the array itself, as that of shape [1, 1].
         fault = "Keras' kernels are the transposes of weights of Equinox and torch"
         if _is_of_torch(source.owner):
             fault = "torch's weights are the transposes of kernels"
