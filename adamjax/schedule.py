@@ -308,7 +308,8 @@ class inverse_time_decay(_Compiled):
     def at(self, count: chex.Array) -> chex.Array:
         units = in_units(count, self.decay_steps)
         passed = units.whole if self.staircase else units.passed
-        return rate_at(self.initial_learning_rate, count) / (1 + _product(self.decay_rate, passed))
+        rate = _rate_of_shape(self.initial_learning_rate, count, count.shape)
+        return rate / (1 + _product(self.decay_rate, passed))
 
 
 class exponential_decay(_Compiled):
@@ -529,12 +530,12 @@ class warmup(_Compiled):
         super().__post_init__()
 
     def at(self, count: chex.Array) -> chex.Array:
-        first = rate_at(self.schedule, jnp.zeros_like(count))
+        first = _rate_of_shape(self.schedule, jnp.zeros_like(count), count.shape)
         steps = as_count("warmup: steps", self.steps, count.dtype)
         # If `steps` is 0, the line is not used, but it must not contain 0/0.
         length = as_float(jnp.maximum(self.steps, 1))
         line = self.start + (first - self.start) * (as_float(count) / length)
-        later = rate_at(self.schedule, jnp.maximum(count - steps, 0))
+        later = _rate_of_shape(self.schedule, jnp.maximum(count - steps, 0), count.shape)
         value = jnp.where(count < steps, line, later)
         return jnp.where(steps >= 0, value, jnp.nan) if is_array(self.steps) else value
 
@@ -674,12 +675,20 @@ def rate_at(rate: Any, count: chex.Numeric) -> Any:
     """
     if isinstance(rate, by_path):
         return rate.resolve(count)
+    return _rate_of_shape(rate, count, ())
+
+
+def _rate_of_shape(rate: Any, count: chex.Numeric, shape: tuple[int, ...]) -> Any:
+    """The rate as `rate_at` returns it, a scalar or of this shape.
+
+    A schedule that is called with a vector of counts calls the schedule inside it with a vector.
+    """
     value = rate
     if callable(rate):
         value = _as_real_array(rate, rate(count))
         if not isinstance(rate, _Compiled):
             value = jnp.where((value < 0) & (value >= -_ROUNDING), 0, value)
-    if np.ndim(value) != 0:
+    if np.shape(value) not in ((), shape):
         source = f" from {rate!r}" if callable(rate) else ""
         raise ValueError(
             f"a rate must be a scalar, got one of shape {np.shape(value)}{source}; "

@@ -757,6 +757,25 @@ def test_any_callable_of_the_count_is_a_schedule(schedule):
     assert hash(tx) == hash(adamjax.adam(schedule))
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        warmup(cosine_decay(0.5, 5), 3, start=0.1),
+        warmup(0.5, 3),
+        warmup(lambda n: 0.5 / (n + 1), 3),
+        inverse_time_decay(cosine_decay(0.5, 5), 2, 0.5),
+        inverse_time_decay(warmup(piecewise_constant([2], [0.5, 0.25]), 3), 2, 0.5, True),
+        inverse_time_decay(lambda n: 0.5 / (n + 1), 2, 0.5),
+    ],
+    ids=repr,
+)
+def test_a_schedule_around_another_takes_a_vector_of_counts(schedule):
+    each = jnp.stack([schedule(n) for n in range(10)])
+    assert_close(schedule(jnp.arange(10)), each, rtol=1e-6)
+    assert_close(jax.jit(schedule)(jnp.arange(10)), each, rtol=1e-6)
+    assert schedule(jnp.arange(6).reshape(2, 3)).shape == (2, 3)
+
+
 def test_warmup_accepts_any_callable():
     schedule = optax.cosine_decay_schedule(1.0, 10)
     rate = warmup(schedule, 4)
