@@ -1,5 +1,7 @@
 """Conversions from Keras and to it: optimizers, variables, schedules."""
 
+import functools
+import re
 from contextlib import nullcontext
 
 import jax
@@ -1630,9 +1632,27 @@ def test_the_product_of_nadam_is_computed_if_it_is_no_variable(keras, x64):
     make, make_ours = KERAS_AND_ADAMJAX["nadam"]
     theirs = KerasRun(keras, make, new_params())
     theirs.run(new_noises()[:STEPS_BEFORE])
-    *pairs, (_, product) = [(v.path, np.asarray(v.value)) for v in theirs.optimizer.variables]
+    *variables, product = theirs.optimizer.variables
+    name_of_tf = functools.partial(re.sub, r"nadam\w*/(.*)_(m|v)[a-z]+$", r"Nadam/\2/\1")
+    pairs = [(name_of_tf(v.path), np.asarray(v.value)) for v in variables]
+    assert sum(name.startswith("Nadam/m/") for name, _ in pairs) == 3
     state = convert.from_keras(pairs, make_ours(), theirs.params)
-    assert_close(state[0].momentum_product, jnp.asarray(product), rtol=1e-6)
+    assert_close(state[0].momentum_product, jnp.asarray(product.value), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"outside of its variables: pass check=False, and set"):
+        convert.to_keras(state, make_ours(), theirs.params, pairs)
+    convert.to_keras(make_ours().init(theirs.params), make_ours(), theirs.params, pairs)
+
+
+def test_variables_of_keras_without_the_product_of_nadam_are_refused(keras, x64):
+    """Those of the inner optimizer of a LossScaleOptimizer. They do not show if it is lost."""
+    ours, params, inner = adamjax.nadam(RATE), new_params(), keras.optimizers.Nadam(RATE)
+    theirs = KerasRun(keras, lambda k: k.LossScaleOptimizer(inner), params)
+    convert.from_keras(inner.variables, ours, params)
+    theirs.run(new_noises()[:STEPS_BEFORE])
+    for variables in (inner.variables, {v.path: np.asarray(v.value) for v in inner.variables}):
+        with pytest.raises(ValueError, match=r"lack the product .* pass the optimizer itself"):
+            convert.from_keras(variables, ours, params)
+        convert.from_keras(variables, ours, params, check=False)
 
 
 def test_a_product_that_keras_has_lost_is_refused(keras, x64):

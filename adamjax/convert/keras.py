@@ -128,6 +128,13 @@ def _read_variables(
         kinds = tuple(kind for kind in kinds if kind == "nadam")
     elif to_adamjax and hasattr(optimizer, "_u_product"):
         doubt_lost_product(source, optimizer, count)
+    elif to_adamjax and layout.is_keras3 and kinds == ("nadam",) and count:
+        source.doubts.append(
+            "these variables of a Nadam lack the product of its momenta, as those of the "
+            f"inner_optimizer of a LossScaleOptimizer do ({FORGETS_PRODUCT}): pass the optimizer "
+            "itself, which shows whether Keras has lost it, or pass check=False to go on with the "
+            "right product"
+        )
     roles = dict.fromkeys(role for role, _ in layout.roles if role in SLOTS)
     slots_of = {role: by_path(role) for role in roles}
     for path, leaf_hyperparams in zip(paths, hyperparams, strict=True):
@@ -493,18 +500,20 @@ def to_keras(
         if accumulated is not None and path in accumulated.totals:
             new["gradient_accumulator", i] = path, accumulated.totals[path]
     filler.finish()
-    if check and hasattr(target, "_u_product") and not layout.of("product", values):
-        (product, *_) = [x.product for x in moments.values()]
+    count = filler.common_count(moments)
+    products = [x.product for x in moments.values() if x.product is not None]
+    # Before the first step, the product of new variables is right.
+    needs_product = products and (count or hasattr(target, "_u_product"))
+    if check and needs_product and not layout.of("product", values):
+        product = float(products[0])
         raise ValueError(
             f"{owner}: this Nadam keeps the product of its momenta outside of its variables: pass "
-            f"check=False, and set it yourself, optimizer._u_product.assign({float(product):.9g}). "
+            f"check=False, and set it yourself, optimizer._u_product.assign({product:.9g}). "
             f"Note: {FORGETS_PRODUCT}"
         )
-    count = filler.common_count(moments)
     calls = count
     if accumulated and ours.accumulations:
         calls = count * ours.accumulations[0][0] + accumulated.micro
-    products = [x.product for x in moments.values() if x.product is not None]
     scalars = {("count", 0): calls, ("product", 0): products[0] if products else None}
     arrays = []
     for (role, i), value in zip(layout.roles, values, strict=True):

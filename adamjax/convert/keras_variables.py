@@ -52,6 +52,7 @@ class Layout(NamedTuple):
       optimizer: the name of the optimizer, empty if no variable's name contains it.
       doubtful: whether the variables of other optimizers have such names too.
       has_schedule: whether the variables show that the optimizer has a schedule.
+      is_keras3: whether the names of the variables are those of Keras 3.
     """
 
     roles: tuple[tuple[str, int], ...]
@@ -59,6 +60,7 @@ class Layout(NamedTuple):
     optimizer: str = ""
     doubtful: bool = False
     has_schedule: bool = False
+    is_keras3: bool = False
 
     def of(self, role: str, values: Sequence[Any]) -> dict[int, Any]:
         """The values of the variables with this role, by the indices of their parameters."""
@@ -348,8 +350,9 @@ def layout_by_name(owner: str, names: list[str], values: Sequence[np.ndarray], n
         rates = [name.rsplit("/", 1)[-1] for name, role in pairs if role == "learning_rate"]
         # Keras 3 has a variable for a constant rate. tf_keras has one for the value of a schedule
         # only.
-        has_schedule = parse is _keras3_name if not rates else "current_learning_rate" in rates
-        return Layout(tuple(roles), order, optimizer, doubtful, has_schedule)
+        is_keras3 = parse is _keras3_name
+        has_schedule = is_keras3 if not rates else "current_learning_rate" in rates
+        return Layout(tuple(roles), order, optimizer, doubtful, has_schedule, is_keras3)
     raise ValueError(
         f"{owner}: {problem}, in {names[:8]}{'...' if len(names) > 8 else ''}: expected "
         f"'iteration' and, for each of {n} leaves, the variables of Adam, AdamW, Adamax or Nadam "
