@@ -325,6 +325,18 @@ def test_a_target_of_integers_is_refused():
         convert.to_keras(tx.init(params), tx, params, target)
 
 
+def test_arrays_with_hidden_or_without_values_are_refused():
+    torch, params = pytest.importorskip("torch"), {"w": jnp.zeros(2)}
+    masked = np.ma.array([0.1, 9.9], mask=[0, 1])
+    for x, message in ((masked, "masked array of NumPy"), (torch.zeros(2, device="meta"), "meta")):
+        variables = {**VARIABLES, "adam/w_momentum": x}
+        with pytest.raises(ValueError, match=f"variable 'adam/w_momentum' is a .*{message}"):
+            convert.from_keras(variables, adamjax.adam(0.1), params)
+    tx = adamjax.chain(adamjax.adam(0.1), adamjax.weight_ema(0.9))
+    with pytest.raises(ValueError, match=r"the leaf 'w' is a masked array of NumPy"):
+        convert.from_keras(VARIABLES, tx, params, average={"w": masked})
+
+
 def test_an_error_says_how_to_read_bfloat16_that_numpy_loaded():
     moments = np.asarray(jnp.ones(2, jnp.bfloat16)).view("V2")
     variables = {name: moments if np.ndim(x) else x for name, x in VARIABLES.items()}

@@ -493,6 +493,20 @@ def test_a_step_of_torch_may_be_an_array_of_one_element():
         convert.from_torch(old, tx, params)
 
 
+@pytest.mark.parametrize(("dtype", "end"), [("float16", 2048), ("bfloat16", 256)])
+def test_a_step_in_16_bits_that_may_stand_for_more_steps_is_refused(dtype, end, torch):
+    """In bfloat16, 256 + 1 is 256."""
+    params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8)
+    old = torch_state_dict()
+    for make in (lambda n: torch.tensor(n, dtype=getattr(torch, dtype)), jnp.dtype(dtype).type):
+        for leaf_state in old["state"].values():
+            leaf_state["step"] = make(end - 1)
+        assert int(adamjax.step_count(convert.from_torch(old, tx, params))) == end - 1
+        old["state"][0]["step"] = make(end)
+        with pytest.raises(ValueError, match=rf"of 'a' is {end} in {dtype}, .* more steps: pass"):
+            convert.from_torch(old, tx, params)
+
+
 def test_moments_of_torch_are_not_rounded_to_a_narrower_dtype():
     params, tx = jax.tree.map(jnp.asarray, PARAMS), adamjax.adam(RATE, eps=1e-8, m_dtype="bfloat16")
     trained, fresh = (

@@ -168,7 +168,9 @@ def _value(owner: str, what: str, variable: Any) -> np.ndarray:
     """The value of a variable of Keras 3 or TensorFlow, or of an array."""
     value = getattr(variable, "value", None)
     if value is None or callable(value):
-        value = variable.numpy() if hasattr(variable, "numpy") else variable
+        # `numbers_of` reads tensors of torch, of which `numpy` cannot convert all.
+        is_tensor = hasattr(variable, "numpy") and not hasattr(variable, "detach")
+        value = variable.numpy() if is_tensor else variable
     return numbers_of(owner, what, value)
 
 

@@ -186,15 +186,23 @@ def number_of(owner: str, what: str, x: Any) -> float:
 def steps_taken(owner: str, what: str, x: Any) -> int:
     """A count of steps as an int; anything else is refused."""
     value = numbers_of(owner, f"the count of {what}", x)
-    is_real_scalar = value.dtype.kind in "iuf" and value.shape == ()
+    is_complex = jnp.issubdtype(value.dtype, jnp.complexfloating)
+    is_real_scalar = value.shape == () and not is_complex
     if not (is_real_scalar and np.isfinite(value) and value >= 0 and value == np.floor(value)):
         fix = "" if value.shape == () else ": convert the states of several runs one by one"
         raise ValueError(
             f"{owner}: the count of {what} is {x!r}, expected a whole number of steps of at least "
             f"0{fix}"
         )
-    if value > np.iinfo(np.int32).max:
+    if float(value) > np.iinfo(np.int32).max:
         raise ValueError(f"{owner}: the count of {what} is {x!r}, expected at most 2**31 - 1")
+    is_narrow = jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize < 4
+    if is_narrow and float(value) >= 2 ** (jnp.finfo(value.dtype).nmant + 1):
+        raise ValueError(
+            f"{owner}: the count of {what} is {float(value):g} in {value.dtype.name}, which does "
+            "not distinguish it from the next count, so there may have been more steps: pass the "
+            "true count, as an integer or in float32"
+        )
     return int(value)
 
 
