@@ -128,12 +128,13 @@ def _read_variables(
         kinds = tuple(kind for kind in kinds if kind == "nadam")
     elif to_adamjax and hasattr(optimizer, "_u_product"):
         doubt_lost_product(source, optimizer, count)
-    elif to_adamjax and layout.is_keras3 and kinds == ("nadam",) and count:
+    elif (
+        to_adamjax and layout.is_keras3 and kinds == ("nadam",) and "nadam" in ours.kinds and count
+    ):
         source.doubts.append(
             "these variables of a Nadam lack the product of its momenta, as those of the "
             f"inner_optimizer of a LossScaleOptimizer do ({FORGETS_PRODUCT}): pass the optimizer "
-            "itself, which shows whether Keras has lost it, or pass check=False to go on with the "
-            "right product"
+            "itself, which shows whether Keras has lost the product"
         )
     roles = dict.fromkeys(role for role, _ in layout.roles if role in SLOTS)
     slots_of = {role: by_path(role) for role in roles}
