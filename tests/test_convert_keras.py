@@ -328,12 +328,15 @@ def test_a_target_of_integers_is_refused():
 def test_arrays_with_hidden_or_without_values_are_refused():
     torch, params = pytest.importorskip("torch"), {"w": jnp.zeros(2)}
     masked = np.ma.array([0.1, 9.9], mask=[0, 1])
-    for x, message in ((masked, "masked array of NumPy"), (torch.zeros(2, device="meta"), "meta")):
+    for x, message in (
+        (masked, "masked float64"),
+        (torch.zeros(2, device="meta"), "a tensor.*meta"),
+    ):
         variables = {**VARIABLES, "adam/w_momentum": x}
-        with pytest.raises(ValueError, match=f"variable 'adam/w_momentum' is a .*{message}"):
+        with pytest.raises((TypeError, ValueError), match=f"'adam/w_momentum' is {message}"):
             convert.from_keras(variables, adamjax.adam(0.1), params)
     tx = adamjax.chain(adamjax.adam(0.1), adamjax.weight_ema(0.9))
-    with pytest.raises(ValueError, match=r"the leaf 'w' is a masked array of NumPy"):
+    with pytest.raises(TypeError, match=r"the leaf 'w': an array is masked float64"):
         convert.from_keras(VARIABLES, tx, params, average={"w": masked})
 
 
@@ -980,18 +983,13 @@ def test_an_accumulation_beside_the_rule_is_refused_by_keras(keras):
     params, clip = {"w": jnp.ones(3)}, adamjax.clip_by_value(1.0)
     optimizer = keras.optimizers.Adam(0.1, gradient_accumulation_steps=2, clipvalue=1.0)
     optimizer.build([keras.Variable(np.ones(3, np.float32), name="w")])
-    for tx in (
-        adamjax.chain(adamjax.accumulate_gradients(clip, 2), adamjax.adam(0.1)),
-        adamjax.chain(
-            clip,
-            KERAS_RULE,
-            adamjax.accumulate_gradients(adamjax.scale_by_learning_rate(0.1), 2),
-        ),
-    ):
-        with pytest.raises(ValueError, match=r"Keras has its rule inside any accumulation"):
-            convert.from_keras(optimizer, tx, params)
-        with pytest.raises(ValueError, match=r"Keras has its rule inside any accumulation"):
-            convert.to_keras(tx.init(params), tx, params, optimizer)
+    tx = adamjax.chain(
+        clip, KERAS_RULE, adamjax.accumulate_gradients(adamjax.scale_by_learning_rate(0.1), 2)
+    )
+    with pytest.raises(ValueError, match=r"Keras has its rule inside any accumulation"):
+        convert.from_keras(optimizer, tx, params)
+    with pytest.raises(ValueError, match=r"Keras has its rule inside any accumulation"):
+        convert.to_keras(tx.init(params), tx, params, optimizer)
 
 
 def test_a_leaf_that_keras_does_not_have_need_not_accumulate(keras):

@@ -589,7 +589,7 @@ STRANGE = {
     ),
     "a masked array": (
         lambda s: s["state"][0].update(exp_avg=np.ma.array([0.1, 9.9], mask=[0, 1])),
-        r"exp_avg of 'a' is a masked array of NumPy.*x\.filled\(0\.0\), or take x\.data",
+        r"exp_avg of 'a' is masked float64\[2\], expected no mask: .*fill them, x\.filled",
     ),
     "numbers that JSON turned into strings": (
         lambda s: s.update(state={str(k): x for k, x in s["state"].items()}),
@@ -609,7 +609,7 @@ def test_strange_states_of_torch_are_refused(name):
     old = torch_state_dict()
     convert.from_torch(old, tx, params)
     change(old)
-    with pytest.raises(ValueError, match=f"from_torch: .*{message}"):
+    with pytest.raises((TypeError, ValueError), match=f"from_torch: .*{message}"):
         convert.from_torch(old, tx, params)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from adamjax.data import Tree
 from adamjax.encoding import SCALED8, Scaled8
 from adamjax.leaves import is_left_alone
+from adamjax.numpy_arrays import expect_jax_array
 from adamjax.paths import flatten, unique_paths
 from adamjax.rows import RowGradient
 
@@ -102,7 +103,6 @@ def leaves_by_path(owner: str, tree: Tree) -> dict[str, Any]:
 
 def _expect_array(owner: str, path: str, x: Any) -> None:
     """Refuses a leaf that is no array of JAX or NumPy, such as a tensor of torch."""
-    _expect_unmasked(owner, f"the leaf {path!r}", x)
     try:
         is_left_alone(x)
     except TypeError as error:
@@ -120,15 +120,6 @@ def _expect_array(owner: str, path: str, x: Any) -> None:
             f"{owner}: the leaf {path!r} is a {class_name(x)}, expected an array of JAX or NumPy: "
             f"{fix}"
         ) from None
-
-
-def _expect_unmasked(owner: str, what: str, x: Any) -> None:
-    """Refuses a masked array, because NumPy's functions drop the mask and use what it hides."""
-    if isinstance(x, np.ma.MaskedArray):
-        raise ValueError(
-            f"{owner}: {what} is a masked array of NumPy, expected all of its numbers: fill in "
-            "what is masked, x.filled(0.0), or take x.data"
-        )
 
 
 def _numpy_array(x: Any) -> np.ndarray:
@@ -151,7 +142,8 @@ def numbers_of(owner: str, what: str, x: Any) -> np.ndarray:
             f"{owner}: {what} is being traced, so it has no value yet; convert outside of jit, "
             "vmap and grad"
         )
-    _expect_unmasked(owner, what, x)
+    if isinstance(x, np.ma.MaskedArray):
+        expect_jax_array(f"{owner}: {what}", x)
     if getattr(x, "is_meta", False):
         raise ValueError(
             f"{owner}: {what} is a tensor on torch's device 'meta', which has no values: load the "

@@ -41,7 +41,7 @@ step_after = adamjax.train_step(loss_fn, after, donate_argnums=())
 params, state = train(step_before, params, before.init(params), keys[:100])
 stayed, _ = train(step_before, params, state, keys[100:])
 
-# This compares steps of both optimizers. With a table of 5 million rows, that takes ten to twenty seconds.
+# This compares steps of both optimizers: up to 20 seconds with a table of 5 million rows.
 converted = adamjax.convert.from_optax(state, after, params, optimizer=before)
 moved, converted = train(step_after, params, converted, keys[100:])
 
