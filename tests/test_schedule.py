@@ -767,7 +767,6 @@ def test_any_callable_of_the_count_is_a_schedule(schedule):
         inverse_time_decay(warmup(piecewise_constant([2], [0.5, 0.25]), 3), 2, 0.5, True),
         inverse_time_decay(lambda n: 0.5 / (n + 1), 2, 0.5),
     ],
-    ids=repr,
 )
 def test_a_schedule_around_another_takes_a_vector_of_counts(schedule):
     each = jnp.stack([schedule(n) for n in range(10)])
