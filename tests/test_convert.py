@@ -499,7 +499,7 @@ def test_user_defined_transforms_beside_a_rule_are_refused():
 @pytest.mark.parametrize("system", ["torch", "keras"])
 def test_gradients_negated_or_zeroed_before_the_rule_are_refused(system):
     adam = adam_like_optax() if system == "torch" else adamjax.adam(0.1)
-    before = adamjax.chain(adamjax.scale_by_learning_rate(1.0), adam)
+    before = adamjax.chain(adamjax.scale(-1.0), adam)
     convert_to = {
         "torch": lambda tx: convert.from_torch(
             torch_with_moments([np.ones(3, "f")]), tx, jnp.zeros(3)
