@@ -1,4 +1,4 @@
-"""Compares the steps of two optimizers: at which counts, and with which gradients."""
+"""Compares the steps of two optimizers: from which states, and with which gradients."""
 
 import functools
 import itertools
@@ -24,7 +24,6 @@ from adamjax.convert.advance import (
     kinds_with_zeros,
     late_rule_state,
     late_zero_rule_state,
-    may_count_calls,
     unchanged_rule_state,
     with_floats_of,
     with_hyperparams_of,
@@ -34,9 +33,8 @@ from adamjax.convert.advance import (
 from adamjax.convert.closeness import Closeness
 from adamjax.convert.optax_state import read_state, role_of
 from adamjax.convert.paired_steps import OWN_WEIGHTS, WEIGHT_SIZES, ZERO_WEIGHTS, PairedSteps, Step
-from adamjax.convert.programs import whole_numbers
 from adamjax.convert.sampling import sampled
-from adamjax.convert.schedules import ends_of_schedules, has_schedule
+from adamjax.convert.step_counts import Peaks, later_counts
 from adamjax.convert.systems import OPTAX
 from adamjax.convert.values import dense_totals, leaves_by_path
 from adamjax.convert.widening import widened
@@ -44,9 +42,7 @@ from adamjax.data import Tree
 from adamjax.guard import AccumulateGradientsState, accumulate_gradients
 from adamjax.leaves import dtype_of
 from adamjax.replicas import sum_over
-from adamjax.scaling import ScheduleState
-from adamjax.schedule import by_path
-from adamjax.structure import Part, replace_parts, rule_slots, states_of_class
+from adamjax.structure import replace_parts, rule_slots
 from adamjax.transform import Rule
 
 __all__ = ["expect_made_by", "expect_optimizer", "expect_same_steps"]
@@ -84,25 +80,17 @@ _RAISED = (10.0, 1e3)
 # How much larger the gradients of one leaf are than those of others, in steps that show its part in
 # a norm; and limits on the number of leaves that take such steps, or steps with a NaN.
 _LARGE_LEAF, _MOST_LEAVES, _FEWEST_LEAVES = 1e4, 16, 2
+# A limit on the elements of all steps that such a number of leaves takes.
+_MOST_ELEMENTS = 1 << 24
 # The decay of Adamax' u is compared after at most this many steps without gradients, for epsilons
 # up to this, with a gradient of this size after a gradient of size 1.
 _MOST_ZERO_STEPS, _SMALL_EPS, _SIZE_AFTER_ZEROS = 300, 1e-7, 0.01
-# Later counts are compared without gaps up to the first of these, at intervals of 3% up to the
-# second, and at powers of two up to the last; fewer of them if the limits below require it.
-_EACH, _CLOSE, _LAST = 500, 1 << 20, 1 << 24
-# Limits on the later counts: their number, and for all of them the calls and the updated elements.
-# A large model, or one with many micro-batches, is compared at fewer counts. But up to so many near
-# the ends of schedules are always compared.
-_MOST_COUNTS, _FEWEST_COUNTS, _MOST_CALLS, _MOST_ELEMENTS = 400, 12, 10_000, 1 << 29
-_FEWEST_ENDS = 128
-# The sizes of weights at these counts, in turn. A transform that keeps weights nonnegative hides
+# The sizes of weights at later counts, in turn. A transform that keeps weights nonnegative hides
 # differences, unless the weights are those of the model.
 _LATER_WEIGHTS = (WEIGHT_SIZES[0], WEIGHT_SIZES[1], WEIGHT_SIZES[0], OWN_WEIGHTS)
 # Moments are compared at every so many of these counts, where weights are small: a decay of large
 # ones hides gradients. They may differ by this much relatively.
 _EVERY_STATE, _RTOL_OF_MOMENTS = 4, 0.01
-# The time that a leaf takes beyond that of its elements, as a number of elements.
-_OF_A_LEAF = 5_000
 
 
 def expect_same_steps(ours: AdamjaxState, optimizer: Any, state: Any, rtol: float) -> None:
@@ -279,8 +267,11 @@ class _Comparison:
         self._compare_at(0, start)
         self.starts.append(_Start(0, set_kinds))
         unseen = ~self.closeness.is_seen
-        peaks = _Peaks()
-        for number, (start_of_later, steps) in enumerate(self._later_counts()):
+        peaks = Peaks()
+        # `_later_steps` has so many steps.
+        each = len(_LATER_SIZES) + 1
+        counts = later_counts(self.ours, self.state, self.source, self.steps, each)
+        for number, (start_of_later, steps) in enumerate(counts):
             before = self.closeness.is_seen.copy()
             self.closeness.start_anew()
             weight_size = _LATER_WEIGHTS[number % len(_LATER_WEIGHTS)]
@@ -488,7 +479,7 @@ class _Comparison:
             return  # In narrow dtypes, each step rounds u.
         if any(float(tx.eps or 0) > _SMALL_EPS for tx in rules):
             return  # In optax epsilon decays with u.
-        most = (_MOST_ELEMENTS >> 5) // self.steps.num_elements
+        most = (_MOST_ELEMENTS) // self.steps.num_elements
         most = max(min(_MOST_ZERO_STEPS, most) // self.steps.calls, 1)
         ones = np.ones(len(self.steps.usual_sizes))
         for b2 in {float(tx.b2) for tx in rules}:
@@ -535,7 +526,7 @@ class _Comparison:
         parts of `tx` see them, and the same rules of optax.
         """
         positions = range(len(self.steps.leaves))
-        most = min(_MOST_LEAVES, (_MOST_ELEMENTS >> 5) // self.steps.num_elements)
+        most = min(_MOST_LEAVES, (_MOST_ELEMENTS) // self.steps.num_elements)
         most = max(most // self.steps.calls, _FEWEST_LEAVES)
         if len(positions) <= most:
             return list(positions)
@@ -553,72 +544,6 @@ class _Comparison:
         ]
         others = [i for i in shuffled if i not in chosen]
         return sorted([*chosen, *others[: max(most - len(chosen), 0)]])
-
-    def _later_counts(self) -> Iterator[tuple[str, int]]:
-        """Later counts at which steps are compared: a name for errors, and the steps until then."""
-        our_counts = {int(x.count) for x in states_of_class(ScheduleState, self.ours.state)}
-        scheduled = [part for part in self.ours.parts if has_schedule(part.tx)]
-        # Transforms that conversions do not know may follow a count of their own.
-        others_count = any(map(may_count_calls, self.source.other_states))
-        if not (scheduled or self.source.counts or self.source.accumulated or others_count):
-            return
-        now = our_counts | {count.value for count in self.source.counts} or {0}
-        # At each count, `_later_steps` has so many steps.
-        calls, each = self.steps.calls, len(_LATER_SIZES) + 1
-        num_elements = self.steps.num_elements
-        most = min(
-            _MOST_COUNTS,
-            _MOST_CALLS // (each * calls),
-            _MOST_ELEMENTS // (each * calls * (num_elements + _OF_A_LEAF * len(self.steps.leaves))),
-        )
-        most = max(most, _FEWEST_COUNTS)
-        # From these the steps pass the end of a part of a schedule, which counts steps or calls.
-        near_ends: list[int] = []
-        for end, count, unit in itertools.product(self._ends(), sorted(now), self._units()):
-            start = (end - count) // unit - 2
-            if start > 0 and not any(abs(start - other) <= 1 for other in near_ends):
-                near_ends.append(start)
-        near_ends = near_ends[: max(most - most // 3, _FEWEST_ENDS)]
-        grid = {*range(each, _EACH, each), *(1 << i for i in range(_LAST.bit_length()))}
-        grid |= {int(_EACH * 1.03**i) for i in range(int(math.log(_CLOSE / _EACH) / 0.03))}
-        ordered = sorted(grid)
-        most_of_grid = max(most - len(near_ends), _FEWEST_COUNTS)
-        chosen = {*near_ends, *ordered[:: -(-len(ordered) // most_of_grid)]}
-        for steps in sorted(chosen):
-            if not any(self._is_negative(part, steps, each) for part in scheduled):
-                yield f"count {min(steps + count for count in now)}", steps
-
-    def _units(self) -> set[int]:
-        """By how much the counts of schedules go up in a step: 1 inside an accumulation."""
-        are_inside = {
-            self.ours.num_accumulations(part) > 0
-            for part in self.ours.parts
-            if has_schedule(part.tx)
-        }
-        are_inside |= {count.in_accumulating for count in self.source.counts}
-        if not are_inside or any(map(may_count_calls, self.source.other_states)):
-            are_inside = {True, False}
-        return {1 if is_inside else self.steps.calls for is_inside in are_inside}
-
-    def _ends(self) -> list[int]:
-        """Counts where parts of schedules may end, the likeliest first."""
-        ends = dict.fromkeys(ends_of_schedules(self.ours.tx))
-        # A schedule that is a function shows its numbers only in the program of an update.
-        numbers = whole_numbers(self.steps.program((self.ours.state, self.state)))
-        ends |= dict.fromkeys(ends_of_schedules([n for n in numbers if n > len(_LATER_SIZES)]))
-        return list(ends)
-
-    def _is_negative(self, part: Part, steps: int, each: int) -> bool:
-        """Whether a rate is below 0 soon after so many steps, as after the end of a training."""
-        rate, calls = getattr(part.tx, "learning_rate", None), self.steps.calls
-        if self.ours.num_accumulations(part):
-            calls = 1  # Inside, the schedule counts steps.
-        rates = (*rate.values, rate.default) if isinstance(rate, by_path) else (rate,)
-        first = int(getattr(part.state, "count", 0)) + steps * calls
-        return any(
-            callable(x) and float(x(jnp.int32(count))) < 0
-            for x, count in itertools.product(rates, (first, first + each * calls))
-        )
 
     # --- the states from which steps start --------------------------------------------------------
 
@@ -656,33 +581,6 @@ class _Comparison:
             advanced_adamjax(ours, states[0], fresh[0], advance),
             advanced_optax(states[1], fresh[1], advance),
         )
-
-
-class _Peaks:
-    """The later counts at which the updates of leaves are largest, because their rates are.
-
-    Steps with one size of weights are compared with each other alone: a decay of large weights
-    makes updates larger.
-    """
-
-    def __init__(self) -> None:
-        self._largest: dict[float | None, np.ndarray] = {}
-        self._steps: dict[float | None, np.ndarray] = {}
-
-    def add(self, weight_size: float | None, largest: np.ndarray, steps: int) -> None:
-        """Adds the largest updates by leaf after so many steps."""
-        largest = np.where(np.isfinite(largest), largest, 0)
-        so_far = self._largest.setdefault(weight_size, np.zeros_like(largest))
-        is_larger = largest > so_far
-        at = self._steps.setdefault(weight_size, np.zeros(len(largest), int))
-        self._steps[weight_size] = np.where(is_larger, steps, at)
-        self._largest[weight_size] = np.maximum(largest, so_far)
-
-    def steps(self) -> list[int]:
-        """The numbers of steps after which some leaf has its largest update, without 0."""
-        found, leaves = np.unique(np.concatenate([[0], *self._steps.values()]), return_counts=True)
-        # Those of the most leaves come first.
-        return [int(x) for x in found[np.argsort(-leaves, kind="stable")] if x]
 
 
 def expect_optimizer(owner: str, optimizer: Any) -> None:
