@@ -179,21 +179,27 @@ def _count_array(count: chex.Numeric) -> chex.Array:
     Numbers of an unsigned array that exceed the largest signed integer become that integer.
 
     Raises:
-      ValueError: the count is no number, or JAX would cut off its upper bits.
+      ValueError: the count is no real number, or JAX would cut off its upper bits.
     """
     if not isinstance(count, jax.Array):
         x = np.asarray(native("the count of a schedule", count))
         has_int64 = jax.dtypes.canonicalize_dtype(np.int64) == np.int64
-        if x.dtype == object or (not has_int64 and x.dtype.kind in "iu" and np.any(x > LAST_COUNT)):
-            raise ValueError(
-                f"a schedule is called with a count of steps, a number up to {LAST_COUNT}; "
-                f"got {count!r}"
-            )
+        is_cut_off = not has_int64 and x.dtype.kind in "iu" and np.any(x > LAST_COUNT)
+        if x.dtype == object or is_cut_off:
+            raise _not_a_count(count)
         count = jnp.asarray(x)
+    if jnp.issubdtype(count.dtype, jnp.complexfloating):
+        raise _not_a_count(count)
     if jnp.issubdtype(count.dtype, jnp.unsignedinteger):
         return saturating_cast(count, jax.dtypes.canonicalize_dtype(np.int64))
     is_narrow = jnp.issubdtype(count.dtype, jnp.integer) and count.dtype.itemsize < 4
     return count.astype(jnp.int32) if is_narrow or count.dtype == bool else count
+
+
+def _not_a_count(x: Any) -> ValueError:
+    return ValueError(
+        f"a schedule is called with a count of steps, a number up to {LAST_COUNT}; got {x!r}"
+    )
 
 
 class function_schedule(Schedule):

@@ -452,13 +452,18 @@ COUNTS = {"count", "micro_count", "skipped", "clock"}
 
 
 def as_transform(tx: Any) -> Transform:
-    """An adamjax transform as it is; any other `(init, update)` pair wrapped as one."""
+    """An adamjax transform as it is; any other `(init, update)` pair wrapped as one.
+
+    A pair may also be an object with these methods, such as `optax.MultiSteps`.
+    """
     if isinstance(tx, Transform):
         return tx
     try:
         init, update = tx
     except (TypeError, ValueError):
         init = update = None
+        if not isinstance(tx, type):
+            init, update = getattr(tx, "init", None), getattr(tx, "update", None)
     if not (callable(init) and callable(update)):
         raise TypeError(
             "expected a transform: an adamjax transform or a pair (init, update) of functions "

@@ -143,6 +143,9 @@ def _of_floats(count: chex.Array, steps: chex.Array) -> Units:
     remainder = (count - whole * steps) / steps
     fraction = jnp.where(whole * steps >= count, _zero_in_place_of(remainder), remainder)
     fraction = jnp.where(jnp.isinf(whole), 0, fraction)
+    # Beyond 2**24 units, `whole` and its product are rounded. (A clip would halve the derivative
+    # at a multiple.)
+    fraction = jnp.where(fraction < 0, 0, jnp.where(fraction > 1, 1, fraction))
     return Units(whole, fraction, 1 - fraction)
 
 

@@ -540,6 +540,10 @@ DIFFERENT_LATER_STEPS = {
             adam_like_optax(HALVING),
         ),
     ),
+    "epochs of other lengths": (
+        optax.adam(lambda count: 0.1 * 0.1 ** (count // 390 // 30)),
+        adam_like_optax(lambda count: 0.1 * 0.1 ** (count // 391 // 30)),
+    ),
     "a drop of a schedule at another count": (
         optax.adam(optax.piecewise_constant_schedule(0.1, {100: 0.1})),
         adam_like_optax(optax.piecewise_constant_schedule(0.1, {90: 0.1})),
@@ -738,6 +742,16 @@ def test_a_periodic_rate_by_the_count_of_the_moments_is_compared():
     old = theirs.init(TWO_LEAVES)
     old = old._replace(count=jnp.full_like(old.count, 1000))
     with pytest.raises(ValueError, match=STEPS_DIFFER):
+        convert.from_optax(old, ours, TWO_LEAVES, theirs)
+
+
+def test_an_error_names_the_values_of_hyperparameters_that_differ():
+    theirs = INJECT(optax.adam)(learning_rate=0.01)
+    old = theirs.init(TWO_LEAVES)
+    old.hyperparams["learning_rate"] = jnp.asarray(0.005)
+    ours = adamjax.with_hyperparams(adam_like_optax(0.01), learning_rate=0.01)
+    message = r"learning_rate is 0\.01 in the state of tx, and 0\.005 in that of optax: give both"
+    with pytest.raises(ValueError, match=message):
         convert.from_optax(old, ours, TWO_LEAVES, theirs)
 
 

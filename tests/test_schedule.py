@@ -389,6 +389,21 @@ def test_boundaries_between_and_beyond_counts():
     assert rates == [1.0, 2.0, 2.0, 3.0, 3.0]
 
 
+def test_a_cycle_of_very_many_units_of_a_fractional_length_stays_between_its_rates():
+    schedule = polynomial_decay(1.0, jnp.float32(2.6), 0.1, 0.5, cycle=True)
+    counts = jnp.asarray(np.arange(2**25, 2**31 - 1, 3_000_001), jnp.int32)
+    rates = np.asarray(jax.jit(jax.vmap(schedule))(counts))
+    assert np.all((rates >= np.float32(0.1)) & (rates < 0.102))
+
+
+@pytest.mark.parametrize("count", [3 + 5j, np.complex64(3), jnp.complex64(3)])
+def test_a_complex_count_is_refused(count):
+    for schedule in (cosine_decay(1.0, 8), exponential_decay(1.0, 8, 0.5), warmup(1.0, 4)):
+        for call in (schedule, jax.jit(schedule)):
+            with pytest.raises(ValueError, match=r"a count of steps, a number up to 2147483647"):
+                call(count)
+
+
 # By name, a schedule that decays over n steps, and its formula.
 LONG = {
     "cosine": (lambda n: cosine_decay(0.1, n), lambda n, t: keras_cosine(t, 0.1, n, 0.0)),

@@ -107,6 +107,16 @@ def test_a_part_that_is_not_a_transform_is_refused(bad):
             make()
 
 
+def test_an_object_with_init_and_update_is_a_transform():
+    params, grads = {"w": jnp.ones(2)}, {"w": jnp.array([1.0, 3.0])}
+    accumulation = optax.MultiSteps(optax.sgd(0.5), 2)
+    tx = chain(scale(2.0), accumulation)
+    state = tx.init(params)
+    for expected in ([0.0, 0.0], [-1.0, -3.0]):
+        updates, state = tx.update(grads, state, params)
+        assert_close(updates, {"w": jnp.array(expected)})
+
+
 WRAPPERS = {
     "plain": lambda tx: tx,
     "chain": chain,

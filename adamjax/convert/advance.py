@@ -1,5 +1,6 @@
 """Makes copies of states with other counts or rates. Steps that are compared start from these."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ __all__ = [
     "MakeRuleState",
     "advanced_adamjax",
     "advanced_optax",
+    "differing_hyperparams",
     "fresh_rule_state",
     "kinds_with_one_name",
     "kinds_with_zeros",
@@ -198,6 +200,26 @@ def with_hyperparams_of(fresh: Any, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, x, other: other if _is_hyperparameter(path) else x, fresh, state
     )
+
+
+def differing_hyperparams(ours: Any, theirs: Any) -> list[tuple[str, float, float]]:
+    """The names and values of hyperparameters that are in both states, with other values."""
+    own, other = _hyperparams_by_name(ours), _hyperparams_by_name(theirs)
+    return [
+        (name, own[name], other[name])
+        for name in own
+        if name in other and not math.isclose(own[name], other[name], rel_tol=1e-3)
+    ]
+
+
+def _hyperparams_by_name(state: Any) -> dict[str, float]:
+    """The hyperparameters in a state that are numbers, without those that share a name."""
+    values: dict[str, list[Any]] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        if _is_hyperparameter(path):
+            values.setdefault(_name_of(path[-1]), []).append(x)
+    # Of several with one name, it is not clear which correspond.
+    return {name: float(x) for name, (x, *more) in values.items() if not more and np.ndim(x) == 0}
 
 
 def with_floats_of(fresh: Any, state: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 
 from adamjax.clip import clip_by_global_norm
 from adamjax.convert.adamjax_state import AdamjaxState, is_of_adamjax
+from adamjax.convert.advance import differing_hyperparams
 from adamjax.convert.paired_steps import (
     OWN_WEIGHTS,
     WEIGHT_SIZES,
@@ -83,6 +84,7 @@ class Closeness:
 
     Attributes:
       owner: the name of the conversion, for errors.
+      ours, state: the states of adamjax and of optax.
       steps: takes the steps.
       parts: the transform of adamjax and its parts.
       has_same_form: whether optax has the formulas of adamjax, as for Adam but not for AMSGrad.
@@ -119,6 +121,7 @@ class Closeness:
           widens: whether optax computes in float32 where it would compute in a narrow dtype.
         """
         self.owner, self.steps, self.parts = ours.owner, steps, ours.parts
+        self.ours, self.state = ours, state
         self.has_same_form = set(ours.kinds) <= {"adam"}
         self.has_rounded_hyperparams = has_rounded_hyperparams(state)
         narrow_ours, narrow = _narrow_leaves(ours.state), set()
@@ -280,8 +283,17 @@ class Closeness:
                     f"{self.steps.paths[leaf]!r} by {a:.6g}, and the optimizer of optax by "
                     f"{b:.6g}: compare their clips, rules, betas, epsilons, decays with "
                     "their masks, rates, schedules, dtypes and numbers of micro-batches (and "
-                    "freeze leaves with set_to_zero: 0 times NaN is NaN)"
+                    f"freeze leaves with set_to_zero: 0 times NaN is NaN){self._values_in_states()}"
                 )
+
+    def _values_in_states(self) -> str:
+        """For errors: the hyperparameters that have other values in the states."""
+        differing = differing_hyperparams(self.ours.state, self.state)
+        values = [
+            f". {name} is {a:.6g} in the state of tx, and {b:.6g} in that of optax"
+            for name, a, b in differing
+        ]
+        return "".join(values) + ": give both the same value" * bool(values)
 
     def _is_ended_by_clip(self, found: Differences, nonfinite_leaf: int, value: float) -> bool:
         """Whether an infinite gradient of a frozen leaf has made weights NaN in adamjax only.

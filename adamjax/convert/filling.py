@@ -165,7 +165,8 @@ class StateFiller:
             fix = f"convert after a step, or give the target an array of {old.name}"
         raise ValueError(
             f"{self.owner}: {name} of {path!r} is {old.name} and would be rounded to {new.name}: "
-            f"{fix}, or pass check=False to round it"
+            f"{fix}, or round it to {new.name} in the source first (check=False rounds it, but "
+            "then checks nothing)"
         )
 
     def tree(self, name: str, values: Mapping[str, Any], like: Tree) -> Any:

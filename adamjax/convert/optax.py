@@ -252,9 +252,9 @@ def from_optax(
 
     A difference may go unnoticed if it shows only at particular values of weights or gradients, or
     only in a few of very many steps. Counts are compared near the whole numbers in the programs of
-    both optimizers, such as the boundaries of their schedules, and between these at intervals of
-    3%. For a model with hundreds of leaves, or many micro-batches, an interval may grow to a factor
-    of 3.
+    both optimizers, such as the boundaries of their schedules, near sums and products of two of
+    them, and between these at intervals of 3%. For a model with hundreds of leaves, or many
+    micro-batches, an interval may grow to a factor of 3.
     Optional arguments of `update` are left out, and a `sum_over` in `tx` is too: the sums are taken
     as those of one replica. Of counts of other transforms in a state, only single integers are
     advanced.

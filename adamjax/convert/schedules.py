@@ -21,8 +21,8 @@ __all__ = [
     "later_counts",
 ]
 
-# The last count at which schedules are compared; and up to how many lengths of parts, sums of two
-# lengths are counts too.
+# The last count at which schedules are compared; and up to how many lengths of parts, sums and
+# products of two lengths are counts too.
 _LAST, _MOST_LENGTHS = 2**30, 8
 # The last counts for schedules of other libraries, and for functions of the user: products with
 # larger counts easily exceed int32.
@@ -131,7 +131,11 @@ def has_schedule(tx: Any) -> bool:
 
 
 def ends_of_schedules(schedules: Any) -> list[int]:
-    """Counts where parts of schedules may end: whole numbers among the values, and sums of two."""
+    """Counts where parts of schedules may end: whole numbers among the values.
+
+    Sums of two are included, as of a warm-up and a decay, and products of two, as of the steps in
+    an epoch and a number of epochs. If there are very many numbers, both are left out.
+    """
     numbers: list[Any] = []
     for x in jax.tree.leaves(schedules):
         numbers += x.numbers() if isinstance(x, ForeignSchedule) else [x]
@@ -139,8 +143,9 @@ def ends_of_schedules(schedules: Any) -> list[int]:
     lengths = sorted({int(x) for x in numbers if 1 <= x <= _LAST and x == int(x)})
     if len(lengths) > _MOST_LENGTHS:
         return lengths
-    sums = {a + b for a in lengths for b in lengths}
-    return [*lengths, *sorted(sums - set(lengths))]
+    sums = {a + b for a in lengths for b in lengths} - set(lengths)
+    products = {a * b for a in lengths for b in lengths if a * b <= _LAST} - sums - set(lengths)
+    return [*lengths, *sorted(sums), *sorted(products)]
 
 
 def later_counts(count: int, schedule: Any, rates: Iterable[Any]) -> list[int]:
