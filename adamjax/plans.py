@@ -386,14 +386,16 @@ class Window(NamedTuple):
     Attributes:
       starts: the first row of each run: an atom of integers, or a NumPy integer.
       row_component: `None` if `starts` has one integer for each run. If it has an index vector for
-        each run, along its last axis, this is the position of the row's index in the vector.
+        each run, along its last axis, this is the position of the row's index in the vector. The
+        other components index axes of a row that are read whole, so each is 0 or out of bounds.
       run_length: the number of rows in a run; `None` if it is one row, for which the result has no
         axis.
       stride: the distance between the rows of a run.
       dropped: axes of a row, of size 1, that the result does not have.
       offset_axes: the axes of the result that have the rows of a run and their elements; `None` if
         they are the last ones.
-      fill: the value of a run outside the table; `None` if such a run is moved into the table.
+      fill: the value of a run outside the table; `None` if such a run is moved into the table. A
+        run is outside if any component of its index vector is out of bounds.
       moved_are_live: whether the loss is differentiated with respect to runs that were moved.
     """
 
@@ -416,8 +418,10 @@ class Read(TableEquation):
         self.has_constant_start = isinstance(window.starts, np.generic)
         super().__init__(eqn, [] if self.has_constant_start else [window.starts], eqn.outvars)
         self.view, self.window = view, window
-        shape = () if self.has_constant_start else window.starts.aval.shape
-        shape = shape if window.row_component is None else shape[:-1]
+        shape: tuple[int, ...] = () if self.has_constant_start else window.starts.aval.shape
+        self.num_components = 1
+        if window.row_component is not None:
+            shape, self.num_components = shape[:-1], shape[-1]
         if window.run_length is not None:
             shape = (*shape, window.run_length)
         trailing = tuple(n for d, n in enumerate(view.shape) if d > 0 and d not in window.dropped)
@@ -431,16 +435,23 @@ class Read(TableEquation):
         """
         window, num_rows = self.window, self.view.shape[0]
         starts = jnp.asarray(window.starts if self.has_constant_start else get(window.starts))
+        others_inside: Any = True
         if window.row_component is not None:
+            others = [i for i in range(self.num_components) if i != window.row_component]
+            if others:
+                others_inside = (starts[..., np.array(others)] == 0).all(-1)
             starts = starts[..., window.row_component]
         span = 1 if window.run_length is None else (window.run_length - 1) * window.stride + 1
         # From a start below 0 or above `last`, a run would leave the table. `as_row_ids` makes such
         # a start `last + 1`.
         last = num_rows - span
         first = as_row_ids(starts, last + 1)
-        inside = first <= last
-        start_if_outside = num_rows if window.fill is not None else jnp.where(starts < 0, 0, last)
-        first = jnp.where(inside, first, start_if_outside)
+        row_inside = first <= last
+        inside = row_inside & others_inside
+        if window.fill is not None:
+            first = jnp.where(inside, first, num_rows)
+        else:
+            first = jnp.where(row_inside, first, jnp.where(starts < 0, 0, last))
         if window.run_length is None:
             return first, inside
         run = window.stride * jnp.arange(window.run_length, dtype=jnp.int32)
@@ -450,9 +461,10 @@ class Read(TableEquation):
         window, site = self.window, self.sites[0]
         ids, inside = self._ids(get)
         drops = window.fill is None and not window.moved_are_live
-        is_one_row = window.run_length is None
+        # No index outside the table reads the same row as an index vector whose row is inside.
+        is_one_index = window.run_length is None and self.num_components == 1
         ids_to_read = ids
-        if drops and source.promised and is_one_row:
+        if drops and source.promised and is_one_index:
             # For these indices, the gather has JAX's derivatives with respect to the table.
             outside = jnp.where(ids == 0, -1, self.view.shape[0])
             ids_to_read = jnp.where(inside, ids, outside)
@@ -463,7 +475,7 @@ class Read(TableEquation):
         elif drops and not source.promised:
             rows = jnp.where(is_inside, rows, jax.lax.stop_gradient(rows))
         elif drops:
-            if not is_one_row:
+            if not is_one_index:
                 rows = _at_each_run(_gathered, rows, inside)
             elif site.live:
                 rows = _with_dropped_cotangents(rows, inside)

@@ -60,19 +60,16 @@ def _gather_window(eqn: JaxprEqn, view: View) -> Window | None:
     numbers, (run_length, *sizes) = params["dimension_numbers"], params["slice_sizes"]
     mode, start_dims = params["mode"], numbers.start_index_map
     modes = jax.lax.GatherScatterMode
-    fills = mode == modes.FILL_OR_DROP
     if (
         0 not in start_dims
         or mode not in (modes.CLIP, modes.FILL_OR_DROP, modes.PROMISE_IN_BOUNDS)
         or sizes != trailing
         or numbers.operand_batching_dims
-        # All components of an index vector decide whether a run is filled; a `Window` has only one.
-        or (fills and len(start_dims) > 1)
     ):
         return None
     collapsed = numbers.collapsed_slice_dims
     fill = None
-    if fills:
+    if mode == modes.FILL_OR_DROP:
         fill = np.nan if params["fill_value"] is None else params["fill_value"]
     return Window(
         eqn.invars[1],

@@ -374,6 +374,32 @@ read_case("table_folded", lambda t, ids: t.reshape(V, 2, -1)[ids] if t.ndim > 1 
 read_case("table_squeezed", lambda t, ids: t.reshape(V, -1).squeeze()[ids], MANY, trailing=(1,))
 read_case("table_cast_expanded", lambda t, ids: t.astype("bfloat16")[..., None][ids], MANY)
 
+# Reads of whole rows that also index an axis of size 1. An index outside of this axis drops the
+# gradient, as an index outside the table does.
+OUTSIDE_COLUMNS = np.array([0, 0, 1, 0, 0, 0, -2, 0, 0, -1, 0, 0], np.int32)
+
+
+def column(t, ids, **options):
+    """`t[ids, OUTSIDE_COLUMNS]`, for a `t` that may be the vector of row numbers."""
+    t = t if t.ndim > 1 else t[:, None]
+    return t.at[ids, OUTSIDE_COLUMNS].get(**options)
+
+
+for name, options in {
+    "index": {},
+    "fill": {"mode": "fill", "fill_value": 0.5},
+    "clip": {"mode": "clip"},
+    "promised": {"mode": "promise_in_bounds"},
+}.items():
+    reader = functools.partial(column, **options)
+    read_case(f"column_{name}", reader, OUTSIDE, trailing=(1,))
+    read_case(f"column_of_matrix_{name}", reader, OUTSIDE, trailing=(1, 3))
+read_case("column_first", lambda t, ids: t[ids, 0] if t.ndim > 1 else t[ids], OUTSIDE,
+          trailing=(1,))  # fmt: skip
+read_case("column_outside", lambda t, ids: t[ids, 1] if t.ndim > 1 else t[ids], OUTSIDE,
+          trailing=(1,))  # fmt: skip
+read_case("table_expanded_column", lambda t, ids: t[:, None][ids, OUTSIDE_COLUMNS], OUTSIDE)
+
 # Indices that are known when the loss is traced.
 read_case("python_int", lambda t, _: t[3], np.int32(0))
 read_case("negative_python_int", lambda t, _: t[-3], np.int32(0))
@@ -1287,9 +1313,10 @@ def gather_cases():
         name = f"gather_{name}_{mode}"
         CASES[name] = Case(loss, (params(), indices), {"table": ANY})
 
-    for mode in ("fill", "clip"):
+    for mode in ("fill", "clip", "promise_in_bounds"):
         # An index has a row and a column, but a slice has all columns. If the column is not 0,
-        # "clip" makes it 0, and "fill" treats the slice as out of bounds.
+        # "clip" makes it 0, and "fill" treats the slice as out of bounds. "promise_in_bounds" makes
+        # it 0 and drops the gradient.
         start = {"offset_dims": (1,), "collapsed_slice_dims": (0,), "start_index_map": (0, 1)}
         add("row_and_column", starts, mode, (1, D), **start)
         swapped = {**start, "start_index_map": (1, 0)}
@@ -2198,6 +2225,7 @@ def promised_pairs(table, ids):
         pytest.param(jax.checkpoint(lambda t, ids: t[ids]), id="remat"),
         pytest.param(lambda t, ids: lax.map(lambda i: t[i[None]], ids), id="map"),
         pytest.param(promised_pairs, id="runs"),
+        pytest.param(lambda t, ids: t[:, None][ids, jnp.array([0, 1, 0, 0])], id="columns"),
     ],
 )
 def test_second_derivatives_outside_the_table_are_those_of_jax(read):

@@ -1696,6 +1696,39 @@ def test_a_table_that_is_not_read_moves_as_under_the_dense_optimizer(shape, batc
         assert_same(tx.prepare(params, state, {"there": ids})[0]["there"], rows)
 
 
+# --- reads with an index out of bounds ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "clip"}, {"mode": "fill", "fill_value": 0.5}], ids=str
+)
+@pytest.mark.parametrize("trailing", [(), (1,), (1, 2)], ids=str)
+@pytest.mark.slow
+def test_reads_out_of_bounds_train_the_rows_that_jax_trains(options, trailing):
+    """By default, JAX moves a read into the table, but drops its gradient.
+
+    It does so if any component of an index vector is out of bounds.
+    """
+    ids, columns = jnp.array([1, 0, 7, -9, 3, 4]), jnp.array([0, 1, 0, 0, 0, -2])
+
+    def loss(p, ids):
+        t = p["table"]
+        rows = t.at[ids].get(**options) if t.ndim == 1 else t.at[ids, columns].get(**options)
+        return jnp.sum((rows - 0.25) ** 2)
+
+    tx = exact_rows(adamjax.adamw(0.1), "table")
+    plain = params = {"table": jnp.ones((6, *trailing))}
+    state, dense = tx.init(params), tx.tx.init(params)
+    step = adamjax.train_step(loss, tx, donate_argnums=())
+    for t in range(3):
+        value, grads = jax.value_and_grad(loss)(plain, ids - t)
+        params, state, actual = step(params, state, ids - t)
+        assert_close(actual, value, rtol=1e-6)
+        updates, dense = tx.tx.update(grads, dense, plain)
+        plain = apply_updates(plain, updates)
+    assert_close(tx.flush(params, state)[0], plain, rtol=1e-6)
+
+
 # --- norms that are not finite --------------------------------------------------------------------
 
 
