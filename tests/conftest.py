@@ -41,6 +41,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes seconds; skipped by --quick")
+    config.addinivalue_line(
+        "markers", "tooling: runs the repository's own programs; .ci/run uses only the pinned JAX"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

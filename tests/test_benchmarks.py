@@ -20,7 +20,7 @@ from benchmarks import all as all_suites
 from benchmarks import compare, contenders, dense, measure, memory, report, steps, tables, workers
 from benchmarks.train.options import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.tooling]
 
 CPU = measure.RESULTS / "cpu"
 

@@ -10,7 +10,7 @@ import adamjax
 from benchmarks import contenders, measure, rows, steps, tables, workers
 from benchmarks.workers import Ended
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.tooling]
 
 CASE = contenders.Case(600, 4, 16, "uniform")
 

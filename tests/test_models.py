@@ -350,6 +350,7 @@ def test_contenders_train_the_same_parameters():
             assert measured < 1e-6, name
 
 
+@pytest.mark.tooling
 def test_a_quick_run_writes_the_times_of_its_contenders(tmp_path):
     options = "--quick --sittings 1 --rounds 2 --contenders exact;frozen --out models.json --only"
     printed = run_benchmarks("models", *options.split(), "two towers", cwd=tmp_path).stdout
@@ -361,6 +362,7 @@ def test_a_quick_run_writes_the_times_of_its_contenders(tmp_path):
     assert {row["caches"] for row in results["traces"]} == {"warm", "empty"}
 
 
+@pytest.mark.tooling
 def test_the_program_of_many_tables_is_compared_with_that_of_one(tmp_path):
     """By its lines, and by the times to trace and to compile it, for each contender."""
     options = "--quick --sittings 1 --rounds 2 --contenders exact;lazy --out models.json --only"
@@ -381,6 +383,7 @@ def test_the_program_of_many_tables_is_compared_with_that_of_one(tmp_path):
     assert steps["parameters"] == 3 * 500 * 4 + 3 * 4 * 32 + 32 + 32 + 1
 
 
+@pytest.mark.tooling
 def test_bounds_on_many_tables_compare_them_with_one_table():
     def program(model, lines, seconds):
         s = {"compile": {"median": seconds, "q25": seconds, "q75": seconds}}

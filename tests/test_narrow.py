@@ -11,6 +11,8 @@ pytest.importorskip("tqdm")
 
 from benchmarks import moments, narrow, tables
 
+pytestmark = pytest.mark.tooling
+
 
 @pytest.fixture(scope="module")
 def grads():

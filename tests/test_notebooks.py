@@ -8,7 +8,7 @@ from support import ROOT
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.tooling]
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

@@ -67,6 +67,7 @@ def is_running(pid):
     return listed.stdout.strip()[:1] not in ("", "Z")
 
 
+@pytest.mark.tooling
 def test_a_killed_process_ends_the_others_and_any_number_of_processes_can_resume(prose, start_job):
     arguments = [*TINY, "--steps", str(STEPS)]
     finished(start_job(*arguments, "--name", "one-process"))
@@ -139,6 +140,7 @@ def test_devices_exchange_row_gradients_and_no_dense_ones_of_tables(prose):
     assert sorted(x for x in shapes if not x.endswith("[]")) == sorted(of_tables + of_rest)
 
 
+@pytest.mark.tooling
 def test_processes_that_are_started_one_by_one_stop_together(prose, start_job):
     with socket.socket() as s:  # to find a port that is free
         s.bind(("127.0.0.1", 0))
@@ -178,6 +180,7 @@ def test_the_error_of_a_wrong_option_is_one_line(capsys, arguments, message):
     assert message in err
 
 
+@pytest.mark.tooling
 def test_several_processes_print_an_error_once(tmp_path, monkeypatch, start_job):
     monkeypatch.chdir(tmp_path)
     Path("small.txt").write_text("too few words")

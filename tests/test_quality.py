@@ -44,6 +44,8 @@ def is_installed():
     return False
 
 
+pytestmark = pytest.mark.tooling
+
 needs_data = pytest.mark.skipif(not is_installed(), reason=data.MISSING)
 
 

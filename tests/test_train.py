@@ -34,7 +34,7 @@ from benchmarks.train.data import (
 from benchmarks.train.options import ROWS, Config, parse, resume_command
 from benchmarks.train.processes import ALONE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.tooling]
 
 # For tests in which the mode of rows does not matter: this compiles in a third of the time.
 ROWS_NONE = ["--rows", "none"]

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("basedpyright")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.tooling]
 
 PROGRAMS = {
     "parameters keep their type": """
